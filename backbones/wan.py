@@ -1,0 +1,370 @@
+"""Wan 2.1 as bidirectional, teacher-forced and causal streaming backbone, with an optional ProPE camera branch.
+
+The weights live in a stock diffusers WanTransformer3DModel; only the camera branch's output projections are ours.
+Rounding as in diffusers: norm, modulation and gates in fp32, everything else in the model's dtype.
+Wan: arXiv 2503.20314. Shapes: B batch, F frames, L tokens, C channels, N heads, D head size.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as nnf
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, prope_output, qk_norm_rope, qk_norm_rope_prope
+from dit_ops.backbones.wan_original import to_diffusers
+from dit_ops.cache import KVCache
+from dit_ops.camera import projective_cameras
+from dit_ops.files import atomic_path, read_safetensors
+from dit_ops.flow import per_frame
+from dit_ops.layout import VideoLayout
+from dit_ops.masks import Mask, TeacherForcing
+from dit_ops.rope import Rope3D
+
+ADDITIONS = "dit_ops.json"  # what diffusers' config.json has no place for
+CAMERA = "camera.safetensors"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every block of one forward shares."""
+
+    layout: VideoLayout
+    mask: Mask | None
+    rope: tuple[Tensor, Tensor, Tensor]
+    cameras: tuple[Tensor, Tensor] | None  # P, P⁻¹ [B, F, 4, 4]
+    cache: KVCache | None
+
+
+class WanBackbone(nn.Module):
+    """Flow prediction `[B, F, Cz, h, w] → [B, F, Cz, h, w]`.
+
+    camera         True adds the ProPE branch: one more output projection per layer, zero at the start
+    block_frames   latent frames per causal block (teacher forcing); None = one block of all frames
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, *, camera: bool = False, block_frames: int | None = None):
+        super().__init__()
+        config = transformer.config
+        if config.patch_size[0] != 1:
+            raise ValueError(f"WanBackbone: patch_size must be (1, height, width), got {tuple(config.patch_size)}")
+        self.transformer = transformer
+        self.block_frames = block_frames
+        self.gradient_checkpointing = False
+        self.rope = Rope3D(config.attention_head_dim)
+        self.camera: nn.ModuleList | None = None
+        if camera:
+            self.add_camera()
+
+    @classmethod
+    def from_config(cls, config: dict, *, camera: bool = False, block_frames: int | None = None) -> "WanBackbone":
+        """A randomly initialised model from a diffusers WanTransformer3DModel config; an unknown key is an error."""
+        known = WanTransformer3DModel._get_init_keys(WanTransformer3DModel) - {"self"}
+        unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
+        if unknown:
+            raise ValueError(f"WanBackbone: config has unknown keys {unknown}; known are {sorted(known)}")
+        return cls(WanTransformer3DModel.from_config(dict(config)), camera=camera, block_frames=block_frames)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> "WanBackbone":
+        """Reads a diffusers Wan transformer folder (or a pipeline folder with `transformer/`), with our additions if it has them.
+
+        Strict: a missing, unexpected or misshapen tensor is a ValueError that lists the keys.
+        """
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            path = path / "transformer"
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"no diffusers transformer at {path.parent}: expected config.json or transformer/config.json")
+        transformer, info = WanTransformer3DModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+        problems = {kind: keys for kind, keys in info.items() if keys}
+        if problems:
+            raise ValueError(f"{path}: the weights do not fit WanTransformer3DModel: {problems}")
+        additions = json.loads((path / ADDITIONS).read_text()) if (path / ADDITIONS).is_file() else {}
+        model = cls(transformer, block_frames=additions.get("block_frames"))
+        if additions.get("camera"):
+            if not (path / CAMERA).is_file():
+                raise FileNotFoundError(f"{path / ADDITIONS} announces a camera branch, but {CAMERA} is missing")
+            model.add_camera()
+            model._load_camera(read_safetensors(path / CAMERA), path / CAMERA)
+        return model.to(device) if device is not None else model
+
+    @classmethod
+    def from_original(
+        cls,
+        weights: dict | str | Path,
+        config: dict,
+        *,
+        block_frames: int | None = None,
+        ema: bool | None = None,
+    ) -> "WanBackbone":
+        """Reads weights under the original Wan key names, or minWM's `model.pt`; `config` is the original config.json.
+
+        ema: True takes `generator_ema`, False `generator`, None the EMA where the file has one. Strict as from_pretrained.
+        """
+        transformer_config, state, camera = to_diffusers(weights, config, ema=ema)
+        transformer = WanTransformer3DModel.from_config(transformer_config)
+        missing, unexpected = transformer.load_state_dict(state, strict=False)
+        if missing or unexpected:
+            raise ValueError(f"the weights do not fit the config: missing {missing}, unexpected {unexpected}")
+        model = cls(transformer, block_frames=block_frames)
+        if camera:
+            model.add_camera()
+            model._load_camera(camera, "the original weights")
+        return model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes what diffusers writes, and beside it `camera.safetensors` (if there is a camera branch) and `dit_ops.json`."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if self.camera is not None:
+            with atomic_path(path / CAMERA) as file:
+                save_file({k: v.contiguous() for k, v in self.camera.state_dict().items()}, file)
+        with atomic_path(path / ADDITIONS) as file:
+            file.write_text(json.dumps({"block_frames": self.block_frames, "camera": self.camera is not None}, indent=2) + "\n")
+        self.transformer.save_pretrained(path)
+
+    def add_camera(self) -> None:
+        """Adds the ProPE output projections `[C, C]`, zero: the model's output does not change until they are trained."""
+        if self.camera is not None:
+            return
+        like = self.transformer.blocks[0].attn1.to_out[0].weight
+        layers = [nn.Linear(*like.shape, device=like.device, dtype=like.dtype) for _ in self.transformer.blocks]
+        for layer in layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.camera = nn.ModuleList(layers)
+
+    def _load_camera(self, state: dict[str, Tensor], source: object) -> None:
+        assert self.camera is not None
+        expected = {k: list(v.shape) for k, v in self.camera.state_dict().items()}
+        got = {k: list(v.shape) for k, v in state.items()}
+        if expected != got:
+            wrong = sorted(k for k in expected.keys() | got.keys() if expected.get(k) != got.get(k))
+            raise ValueError(f"{source}: the camera branch does not fit, at {wrong}")
+        self.camera.load_state_dict(state)
+
+    @property
+    def config(self):
+        return self.transformer.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.patch_embedding.weight.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.out_channels
+
+    def new_cache(self, batch: int, height: int, width: int, *, window_frames: int | None = None, sink_frames: int = 0) -> KVCache:
+        """A cache for streaming latents `[batch, ·, Cz, height, width]`; window and sink are counted in latent frames."""
+        if batch < 1:
+            raise ValueError(f"new_cache: batch must be at least 1, got {batch}")
+        self._token_grid(height, width)
+        return KVCache(len(self.transformer.blocks), window_frames=window_frames, sink_frames=sink_frames)
+
+    def forward(
+        self,
+        latents: Tensor,  # [B, F, Cz, h, w]
+        timestep: Tensor,  # [B] or [B, F], 0 … 1000
+        encoder_hidden_states: Tensor,  # [B, T, C_text], as the condition side pads it
+        *,
+        encoder_hidden_states_image: Tensor | None = None,  # [B, T_image, C_image]
+        condition_latents: Tensor | None = None,  # [B, F, C_condition, h, w], joined to the latents' channels (I2V)
+        clean_latents: Tensor | None = None,  # [B, F, Cz, h, w]: teacher forcing
+        clean_timestep: Tensor | None = None,  # [B] or [B, F], zeros by default
+        viewmats: Tensor | None = None,  # [B, F, 4, 4] world-to-camera
+        Ks: Tensor | None = None,  # [B, F, 3, 3] normalised
+        cache: KVCache | None = None,  # causal streaming: latents are the next chunk
+        start_frame: int = 0,  # absolute index of the chunk's first frame
+    ) -> Tensor:
+        """The flow `v = ε − x0` of the (noisy) latents: teacher-forced with clean_latents, streaming with cache, else bidirectional.
+
+        In streaming the chunk's keys and values are stored when gradients are off (see KVCache).
+        """
+        B, frames, _, height, width = self._check(latents, encoder_hidden_states, clean_latents, viewmats, Ks, cache)
+        halves = 1 if clean_latents is None else 2
+        layout = VideoLayout(frames, *self._token_grid(height, width), self.block_frames, halves, start_frame=start_frame)
+        x, t = latents, timestep
+        if clean_latents is not None:
+            x = torch.cat([clean_latents, latents], dim=1)
+            clean_t = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
+            t = torch.cat([per_frame(clean_t, frames), per_frame(timestep, frames)], dim=1)
+        if condition_latents is not None:
+            x = torch.cat([x, condition_latents.repeat(1, halves, 1, 1, 1)], dim=2)
+
+        context = self._text_context(encoder_hidden_states, encoder_hidden_states_image, cache)
+        temb, modulation = self._time(t)
+        shared = Pass(
+            layout,
+            TeacherForcing(layout) if halves == 2 else None,
+            self.rope.tables(start_frame + frames, layout.height, layout.width, x.device),
+            None if viewmats is None or Ks is None else projective_cameras(viewmats, Ks),
+            cache,
+        )
+        x = self._patchify(x)
+        if cache is not None:
+            cache.begin(start_frame, frames, layout.tokens_per_frame)
+        for i, block in enumerate(self.transformer.blocks):
+            past = cache.past(i) if cache is not None and torch.is_grad_enabled() else None
+            camera = self.camera[i] if self.camera is not None and shared.cameras is not None else None
+            args = (i, block, camera, x, context, modulation, past, shared)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run_block, *args, use_reentrant=False)
+            else:
+                x = run_block(*args)
+        if cache is not None and not torch.is_grad_enabled():
+            cache.commit()
+
+        x = x[:, -layout.tokens :]  # the noisy half
+        temb = temb[:, -frames:]
+        shift, scale = (self.transformer.scale_shift_table + temb.unsqueeze(2)).unbind(2)  # [B, F, C]
+        x = self.transformer.proj_out(adaln(x, scale, shift, eps=self.config.eps))
+        return self._unpatchify(x, layout)
+
+    def _check(self, latents, text, clean_latents, viewmats, Ks, cache) -> torch.Size:
+        if latents.dim() != 5:
+            raise ValueError(f"latents must be [B, F, Cz, h, w], got {list(latents.shape)}")
+        B, frames = latents.shape[:2]
+        if text.dim() != 3 or text.shape[0] != B or text.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"encoder_hidden_states must be [B, T, C_text] = [{B}, T, {self.config.text_dim}], got {list(text.shape)}"
+            )
+        if clean_latents is not None and clean_latents.shape != latents.shape:
+            raise ValueError(f"clean_latents must be {list(latents.shape)} as latents, got {list(clean_latents.shape)}")
+        if clean_latents is not None and cache is not None:
+            raise ValueError("clean_latents (teacher forcing) and cache (streaming) exclude each other, got both")
+        if (viewmats is None) != (Ks is None):
+            raise ValueError("viewmats and Ks come together, got only one of them")
+        if viewmats is not None and self.camera is None:
+            raise ValueError("viewmats were given, but this model has no camera branch (add_camera() makes one)")
+        if viewmats is None and self.camera is not None:
+            raise ValueError("this model has a camera branch and needs viewmats and Ks, got none")
+        if viewmats is not None and viewmats.shape != (B, frames, 4, 4):
+            raise ValueError(f"viewmats must be [B, F, 4, 4] = {[B, frames, 4, 4]}, got {list(viewmats.shape)}")
+        return latents.shape
+
+    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
+        _, ph, pw = self.config.patch_size
+        if height % ph or width % pw:
+            raise ValueError(f"latent height and width must be multiples of the patch {ph}×{pw}, got {height}×{width}")
+        return height // ph, width // pw
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """The patch convolution as one GEMM: `[B, F, Cz, h, w] → [B, L, C]`, patch vectors ordered (channel, y, x)."""
+        embed = self.transformer.patch_embedding
+        B, frames, channels, height, width = x.shape
+        if channels != embed.in_channels:
+            raise ValueError(f"latents (with condition_latents) must have {embed.in_channels} channels, got {channels}")
+        _, ph, pw = self.config.patch_size
+        x = x.to(embed.weight.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, F, Cz, H, ph, W, pw]
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, -1, channels * ph * pw)
+        return nnf.linear(x, embed.weight.flatten(1), embed.bias)
+
+    def _unpatchify(self, x: Tensor, layout: VideoLayout) -> Tensor:
+        """`[B, L, ph·pw·Cz]`, channel fastest → `[B, F, Cz, h, w]`."""
+        _, ph, pw = self.config.patch_size
+        x = x.unflatten(2, (ph, pw, -1)).unflatten(1, layout.grid)  # [B, F, H, W, ph, pw, Cz]
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B]` or `[B, F']` → time embedding `[B, F', C]` and the blocks' modulation `[B, F', 6, C]`; F' = 1 for `[B]`."""
+        embedder = self.transformer.condition_embedder
+        t = t[:, None] if t.dim() == 1 else t
+        half = self.config.freq_dim // 2
+        freq = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+        angle = t.double()[..., None] * freq
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(embedder.time_embedder.linear_1.weight.dtype)
+        temb = embedder.time_embedder(wave).to(self.dtype)
+        return temb, embedder.time_proj(nnf.silu(temb)).unflatten(-1, (6, -1))
+
+    def _text_context(self, text: Tensor, image: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None] | None:
+        """Embedded text and image tokens; None when the cache already holds the keys and values made from this very tensor."""
+        if cache is not None and not torch.is_grad_enabled() and cache.text_is(text) and cache.text[-1] is not None:
+            return None
+        embedder = self.transformer.condition_embedder
+        if (image is None) != (embedder.image_embedder is None):
+            need = "needs" if image is None else "has no image embedder and takes no"
+            raise ValueError(f"this model {need} encoder_hidden_states_image")
+        return embedder.text_embedder(text.to(self.dtype)), None if image is None else embedder.image_embedder(image.to(self.dtype))
+
+
+def run_block(
+    i: int,
+    block: WanTransformerBlock,
+    camera: nn.Linear | None,
+    x: Tensor,  # [B, L, C]
+    context: tuple[Tensor, Tensor | None] | None,
+    modulation: Tensor,  # [B, F', 6, C]
+    past: tuple[Tensor, Tensor] | None,
+    shared: Pass,
+) -> Tensor:
+    """x += gate·SelfAttn(adaLN(x));  x += CrossAttn(LN(x));  x += gate·FFN(adaLN(x))."""
+    eps = block.norm1.eps
+    shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (block.scale_shift_table + modulation.float()).unbind(2)
+    h = adaln(x, scale_sa, shift_sa, eps=eps)
+    a = self_attention(i, block.attn1, camera, h, past, shared)
+    if isinstance(block.norm2, nn.Identity):
+        x = h = gated_residual(x, a, gate_sa)
+    else:
+        x, h = gated_residual_adaln(x, a, gate_sa, weight=block.norm2.weight, bias=block.norm2.bias, eps=eps)
+    c = cross_attention(i, block.attn2, h, context, shared.cache)
+    x, h = gated_residual_adaln(x, c, None, scale_ffn, shift_ffn, eps=eps)
+    return gated_residual(x, block.ffn(h), gate_ffn)
+
+
+def self_attention(
+    i: int, attn: WanAttention, camera: nn.Linear | None, h: Tensor, past: tuple[Tensor, Tensor] | None, shared: Pass
+) -> Tensor:
+    """`W_o·o [+ W_p·P·o']`: the RoPE path and the ProPE path are one attention call with 2N heads."""
+    layout, N = shared.layout, attn.heads
+    q, k, v = (proj(h).unflatten(2, (N, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))
+    where = dict(eps=attn.norm_q.eps, start_frame=layout.start_frame, halves=layout.halves)
+    norms = attn.norm_q.weight, attn.norm_k.weight
+    if shared.cameras is None:
+        q, k = qk_norm_rope(q, k, *norms, shared.rope, layout.grid, **where)
+    else:
+        q, k, v = qk_norm_rope_prope(q, k, v, *norms, shared.rope, layout.grid, *shared.cameras, **where)
+    if past is not None:
+        k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+    elif shared.cache is not None and not torch.is_grad_enabled():
+        k, v = shared.cache.write(i, k, v)
+    o = attention(q, k, v, shared.mask)
+    out = attn.to_out[0](o[:, :, :N].flatten(2))
+    if camera is not None:
+        out = out + camera(prope_output(o[:, :, N:], shared.cameras[0], halves=layout.halves).flatten(2))
+    return out
+
+
+def cross_attention(
+    i: int, attn: WanAttention, h: Tensor, context: tuple[Tensor, Tensor | None] | None, cache: KVCache | None
+) -> Tensor:
+    """Attention to the text and, separately, to the image tokens (I2V); the two results are summed before `W_o`."""
+    N = attn.heads
+    q = attn.norm_q(attn.to_q(h)).unflatten(2, (N, -1))
+    if context is None:
+        keys = cache.text[i]
+    else:
+        text, image = context
+        keys = attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        if image is not None:
+            keys += attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
+        keys = tuple(t.unflatten(2, (N, -1)) for t in keys)
+        if cache is not None and not torch.is_grad_enabled():
+            cache.text[i] = keys
+    o = attention(q, *keys[:2])
+    if len(keys) == 4:
+        o = o + attention(q, *keys[2:])
+    return attn.to_out[0](o.flatten(2))

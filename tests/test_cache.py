@@ -1,0 +1,116 @@
+"""The ring cache against the frames that a windowed block-causal mask says are visible."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_ops.cache import KVCache
+from dit_ops.layout import VideoLayout
+from dit_ops.masks import BlockCausal
+
+T = 2  # tokens per frame
+
+
+def frame_values(first, last):
+    """Keys whose value is the frame number: `[1, L, 1, 1]`."""
+    return torch.arange(first, last).repeat_interleave(T).view(1, -1, 1, 1).float()
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=9), st.sampled_from([None, 3, 4, 5, 7]), st.integers(0, 2))
+def test_visible_frames_are_those_of_the_mask(chunks, window, sink):
+    sink = 0 if window is None else min(sink, window - 1)
+    if window is not None and max(chunks) > window - sink:
+        return
+    cache, start = KVCache(1, window_frames=window, sink_frames=sink), 0
+    for frames in chunks:
+        end = start + frames
+        k = frame_values(start, end)
+        for _ in range(2):  # a chunk may be run again
+            cache.begin(start, frames, T)
+            past = cache.past(0)
+            seen, _ = cache.write(0, k, k)
+            cache.commit()
+        recent = 0 if window is None else max(0, end - (window - sink))
+        expected = sorted({*range(min(sink, end)), *range(recent, end)})
+        assert seen.flatten().unique().tolist() == expected
+        assert seen.shape[1] == len(expected) * T
+        assert sorted(cache.visible_frames()) == expected
+        before = [] if past is None else past[0].flatten().unique().tolist()
+        assert before == [f for f in expected if f < start]
+        start = end
+
+
+def test_same_rule_as_the_block_causal_mask():
+    layout = VideoLayout(8, 1, T, block_frames=2)
+    mask = BlockCausal(layout, window_frames=5, sink_frames=1).dense()
+    cache = KVCache(1, window_frames=5, sink_frames=1)
+    for first, last in layout.blocks:
+        cache.begin(first, last - first, T)
+        seen, _ = cache.write(0, frame_values(first, last), frame_values(first, last))
+        cache.commit()
+        row = mask[first * T].view(-1, T)[:, 0].nonzero().flatten().tolist()
+        assert seen.flatten().unique().tolist() == row
+
+
+def test_unused_slots_are_never_visible():
+    """Slots hold NaN until written (memory is poisoned in tests)."""
+    cache = KVCache(1, window_frames=6)
+    cache.begin(0, 2, T)
+    seen, _ = cache.write(0, frame_values(0, 2), frame_values(0, 2))
+    assert torch.isfinite(seen).all()
+
+
+def test_memory_of_a_windowed_cache_is_constant_and_the_buffer_never_moves():
+    cache, pointers = KVCache(1, window_frames=4, sink_frames=1), set()
+    for frame in range(20):
+        cache.begin(frame, 1, T)
+        seen, _ = cache.write(0, frame_values(frame, frame + 1), frame_values(frame, frame + 1))
+        cache.commit()
+        pointers.add(seen.data_ptr())
+    assert len(pointers) == 1
+    assert cache.nbytes == 2 * 4 * T * 4  # k and v, 4 frames, T tokens, fp32
+
+
+def test_the_past_is_a_copy():
+    cache = KVCache(1, window_frames=2)
+    for frame in (0, 1):
+        cache.begin(frame, 1, T)
+        cache.write(0, frame_values(frame, frame + 1), frame_values(frame, frame + 1))
+        cache.commit()
+    cache.begin(2, 1, T)
+    k, _ = cache.past(0)
+    cache.write(0, frame_values(2, 3), frame_values(2, 3))
+    cache.commit()
+    cache.begin(3, 1, T)
+    cache.write(0, frame_values(3, 4), frame_values(3, 4))
+    assert k.unique().tolist() == [1]
+
+
+def test_reset_forgets_everything():
+    cache = KVCache(1, window_frames=3)
+    for _ in range(2):
+        cache.begin(0, 2, T)
+        seen, _ = cache.write(0, frame_values(0, 2), frame_values(0, 2))
+        cache.commit()
+        assert seen.shape[1] == 2 * T
+        cache.reset()
+    assert cache.end_frame == 0
+
+
+def test_errors():
+    cache = KVCache(1, window_frames=4, sink_frames=2)
+    with pytest.raises(ValueError, match=r"start_frame must be 0 \(the next frame\)"):
+        cache.begin(3, 1, T)
+    with pytest.raises(ValueError, match="a chunk of 5 frames does not fit"):
+        cache.begin(0, 5, T)
+    cache.begin(0, 4, T)  # two sink frames and a full ring
+    cache.write(0, frame_values(0, 4), frame_values(0, 4))
+    cache.commit()
+    with pytest.raises(ValueError, match="frames of 2 tokens, got 3"):
+        cache.begin(4, 1, 3)
+    cache.begin(4, 1, T)
+    with pytest.raises(ValueError, match="the cache holds"):
+        cache.write(0, frame_values(4, 5).expand(2, -1, 1, 1), frame_values(4, 5).expand(2, -1, 1, 1))
+    with pytest.raises(ValueError, match="window_frames must exceed sink_frames = 4, got 4"):
+        KVCache(1, window_frames=4, sink_frames=4)

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from dit_ops.rope import Rope3D
+
+
+def test_axes_of_wan():
+    assert Rope3D(128).splits == (44, 42, 42)
+    t, h, w = Rope3D(128).tables(3, 4, 5)
+    assert t.shape[1:] == (22, 2) and h.shape[1:] == w.shape[1:] == (21, 2)
+    torch.testing.assert_close(t[1, :2, 0], torch.tensor([0.540302, 0.791258]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(t[1, :2, 1], torch.tensor([0.841471, 0.611483]), atol=1e-6, rtol=0)
+
+
+def test_tables_are_built_once_and_grow_with_the_stream():
+    rope = Rope3D(64)
+    assert rope.tables(3, 4, 5)[0] is rope.tables(9, 4, 5)[0]
+    longer = rope.tables(1500, 4, 5)[0]
+    assert longer.shape[0] >= 1500 and torch.equal(longer[:1024], rope.tables(3, 4, 5)[0])
+
+
+def test_bad_splits():
+    with pytest.raises(ValueError, match="sum to head_dim = 64, got"):
+        Rope3D(64, splits=(16, 24, 22))
