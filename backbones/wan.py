@@ -8,6 +8,7 @@ Wan: arXiv 2503.20314. Shapes: B batch, F frames, L tokens, C channels, N heads,
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -75,7 +76,7 @@ class WanBackbone(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> "WanBackbone":
-        """Reads a diffusers Wan transformer folder (or a pipeline folder with `transformer/`), with our additions if it has them.
+        """Reads a diffusers Wan transformer folder (or a pipeline folder with `transformer/`), and our additions beside it.
 
         Strict: a missing, unexpected or misshapen tensor is a ValueError that lists the keys.
         """
@@ -83,7 +84,9 @@ class WanBackbone(nn.Module):
         if not (path / "config.json").is_file():
             path = path / "transformer"
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"no diffusers transformer at {path.parent}: expected config.json or transformer/config.json")
+            raise FileNotFoundError(
+                f"no diffusers transformer at {path.parent}: expected config.json or transformer/config.json"
+            )
         transformer, info = WanTransformer3DModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
         problems = {kind: keys for kind, keys in info.items() if keys}
         if problems:
@@ -137,7 +140,8 @@ class WanBackbone(nn.Module):
         if self.camera is not None:
             return
         like = self.transformer.blocks[0].attn1.to_out[0].weight
-        layers = [nn.Linear(*like.shape, device=like.device, dtype=like.dtype) for _ in self.transformer.blocks]
+        C = like.shape[0]
+        layers = [nn.Linear(C, C, device=like.device, dtype=like.dtype) for _ in self.transformer.blocks]
         for layer in layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -168,7 +172,9 @@ class WanBackbone(nn.Module):
     def latent_channels(self) -> int:
         return self.config.out_channels
 
-    def new_cache(self, batch: int, height: int, width: int, *, window_frames: int | None = None, sink_frames: int = 0) -> KVCache:
+    def new_cache(
+        self, batch: int, height: int, width: int, *, window_frames: int | None = None, sink_frames: int = 0
+    ) -> KVCache:
         """A cache for streaming latents `[batch, ·, Cz, height, width]`; window and sink are counted in latent frames."""
         if batch < 1:
             raise ValueError(f"new_cache: batch must be at least 1, got {batch}")
@@ -190,7 +196,7 @@ class WanBackbone(nn.Module):
         cache: KVCache | None = None,  # causal streaming: latents are the next chunk
         start_frame: int = 0,  # absolute index of the chunk's first frame
     ) -> Tensor:
-        """The flow `v = ε − x0` of the (noisy) latents: teacher-forced with clean_latents, streaming with cache, else bidirectional.
+        """The flow `v = ε − x0` of the noisy latents: teacher forcing, streaming, or else bidirectional.
 
         In streaming the chunk's keys and values are stored when gradients are off (see KVCache).
         """
@@ -220,7 +226,7 @@ class WanBackbone(nn.Module):
         for i, block in enumerate(self.transformer.blocks):
             past = cache.past(i) if cache is not None and torch.is_grad_enabled() else None
             camera = self.camera[i] if self.camera is not None and shared.cameras is not None else None
-            args = (i, block, camera, x, context, modulation, past, shared)
+            args: Any = (i, block, camera, x, context, modulation, past, shared)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(run_block, *args, use_reentrant=False)
             else:
@@ -298,7 +304,9 @@ class WanBackbone(nn.Module):
         if (image is None) != (embedder.image_embedder is None):
             need = "needs" if image is None else "has no image embedder and takes no"
             raise ValueError(f"this model {need} encoder_hidden_states_image")
-        return embedder.text_embedder(text.to(self.dtype)), None if image is None else embedder.image_embedder(image.to(self.dtype))
+        return embedder.text_embedder(text.to(self.dtype)), None if image is None else embedder.image_embedder(
+            image.to(self.dtype)
+        )
 
 
 def run_block(
@@ -331,7 +339,7 @@ def self_attention(
     """`W_o·o [+ W_p·P·o']`: the RoPE path and the ProPE path are one attention call with 2N heads."""
     layout, N = shared.layout, attn.heads
     q, k, v = (proj(h).unflatten(2, (N, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))
-    where = dict(eps=attn.norm_q.eps, start_frame=layout.start_frame, halves=layout.halves)
+    where: dict[str, Any] = {"eps": attn.norm_q.eps, "start_frame": layout.start_frame, "halves": layout.halves}
     norms = attn.norm_q.weight, attn.norm_k.weight
     if shared.cameras is None:
         q, k = qk_norm_rope(q, k, *norms, shared.rope, layout.grid, **where)
@@ -342,10 +350,11 @@ def self_attention(
     elif shared.cache is not None and not torch.is_grad_enabled():
         k, v = shared.cache.write(i, k, v)
     o = attention(q, k, v, shared.mask)
-    out = attn.to_out[0](o[:, :, :N].flatten(2))
-    if camera is not None:
-        out = out + camera(prope_output(o[:, :, N:], shared.cameras[0], halves=layout.halves).flatten(2))
-    return out
+    if camera is None or shared.cameras is None:
+        return attn.to_out[0](o.flatten(2))
+    o, o_prope = o.split(N, dim=2)
+    o_prope = prope_output(o_prope, shared.cameras[0], halves=layout.halves)
+    return attn.to_out[0](o.flatten(2)) + camera(o_prope.flatten(2))
 
 
 def cross_attention(
@@ -354,17 +363,17 @@ def cross_attention(
     """Attention to the text and, separately, to the image tokens (I2V); the two results are summed before `W_o`."""
     N = attn.heads
     q = attn.norm_q(attn.to_q(h)).unflatten(2, (N, -1))
-    if context is None:
-        keys = cache.text[i]
-    else:
+    keys = cache.text[i] if cache is not None and context is None else None
+    if keys is None:
+        assert context is not None
         text, image = context
-        keys = attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        keys = (attn.norm_k(attn.to_k(text)), attn.to_v(text))
         if image is not None:
-            keys += attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
+            keys += (attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image))
         keys = tuple(t.unflatten(2, (N, -1)) for t in keys)
         if cache is not None and not torch.is_grad_enabled():
             cache.text[i] = keys
-    o = attention(q, *keys[:2])
+    o = attention(q, keys[0], keys[1])
     if len(keys) == 4:
-        o = o + attention(q, *keys[2:])
+        o = o + attention(q, keys[2], keys[3])
     return attn.to_out[0](o.flatten(2))

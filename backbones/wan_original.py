@@ -38,7 +38,9 @@ WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_m
 IMAGE_DIM = 1280  # CLIP ViT-H tokens of Wan 2.1 I2V
 
 
-def to_diffusers(weights: dict | str | Path, config: dict, *, ema: bool | None) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+def to_diffusers(
+    weights: dict | str | Path, config: dict, *, ema: bool | None
+) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     """(diffusers config, transformer state, camera state `"<layer>.weight"`) of original weights and their original config."""
     if not isinstance(weights, dict):
         weights = read_weights(weights)

@@ -57,9 +57,10 @@ class KVCache:
         """Announces a chunk: the next frames of the stream, or the chunk written last once more."""
         chunk = (start_frame, start_frame + frames)
         if start_frame != self.end_frame and chunk != self._last:
+            first, last = self._last
             raise ValueError(
-                f"start_frame must be {self.end_frame} (the next frame) or {self._last[0]} with {self._last[1] - self._last[0]} "
-                f"frames (the last chunk again), got {start_frame} with {frames} frames"
+                f"start_frame must be {self.end_frame} (the next frame) or {first} with {last - first} frames "
+                f"(the last chunk again), got {start_frame} with {frames} frames"
             )
         if self._tokens_per_frame not in (None, tokens_per_frame):
             raise ValueError(f"the cache holds frames of {self._tokens_per_frame} tokens, got {tokens_per_frame}")
@@ -67,7 +68,8 @@ class KVCache:
         ring = None if self.window_frames is None else self.window_frames - self.sink_frames
         if ring is not None and chunk[1] - max(chunk[0], self.sink_frames) > ring:
             raise ValueError(
-                f"a chunk of {frames} frames does not fit: window_frames = {self.window_frames}, sink_frames = {self.sink_frames}"
+                f"a chunk of {frames} frames does not fit: window_frames = {self.window_frames}, "
+                f"sink_frames = {self.sink_frames}"
             )
         self._chunk, self._tokens_per_frame = chunk, tokens_per_frame
 
@@ -138,7 +140,13 @@ class KVCache:
     def _reserve(self, buffers: list[Tensor | None], layer: int, like: Tensor, filled: int) -> Tensor:
         B, _, N, D = like.shape
         T, buffer = self._frame_tokens, buffers[layer]
-        if buffer is not None and (buffer.shape[0], *buffer.shape[2:], buffer.dtype, buffer.device) != (B, N, D, like.dtype, like.device):
+        if buffer is not None and (buffer.shape[0], *buffer.shape[2:], buffer.dtype, buffer.device) != (
+            B,
+            N,
+            D,
+            like.dtype,
+            like.device,
+        ):
             raise ValueError(
                 f"the cache holds [B, L, N, D] = {list(buffer.shape)} in {buffer.dtype} on {buffer.device}, "
                 f"got {list(like.shape)} in {like.dtype} on {like.device}"

@@ -122,7 +122,7 @@ def intrinsics_matrix(fx: float, fy: float, cx: float = 0.5, cy: float = 0.5) ->
 
 
 def trajectory_from_json(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Pose file `{"0": {"extrinsic": camera-to-world 4×4, "K": 3×3 in pixels}, …}` → (viewmats `[F, 4, 4]`, Ks `[F, 3, 3]`), fp32.
+    """Pose file `{"0": {"extrinsic": camera-to-world 4×4, "K": 3×3 pixels}, …}` → viewmats `[F, 4, 4]`, Ks `[F, 3, 3]`, fp32.
 
     Poses are re-aligned to the first frame. The image size is taken as twice the principal point, so K becomes
     fx/(2cx), fy/(2cy), 0.5, 0.5.
@@ -130,7 +130,7 @@ def trajectory_from_json(path: str | Path) -> tuple[Tensor, Tensor]:
     with open(path, encoding="utf-8") as file:
         frames = json.load(file)
     if not isinstance(frames, dict) or not frames or set(frames) != {str(i) for i in range(len(frames))}:
-        raise ValueError(f"pose file {path}: expected an object with keys \"0\" to \"F-1\", got {_short(frames)}")
+        raise ValueError(f'pose file {path}: expected an object with keys "0" to "F-1", got {_short(frames)}')
     cameras, intrinsics = [], []
     for i in range(len(frames)):
         frame = frames[str(i)]

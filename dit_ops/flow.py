@@ -42,7 +42,7 @@ class FlowSchedule:
 
     @cached_property
     def _weight_shape(self) -> tuple[float, float]:
-        """Smallest y and Σ(y − min y)/1000 of the loss weight's bell y(t) = exp(−2·((t − 500)/1000)²) over the 1000-step table."""
+        """min y and mean(y − min y) of the weight's bell y(t) = exp(−2·((t − 500)/1000)²) over the 1000-step table."""
         y = self._bell(1000 * self.shifted(torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]))
         return y.min().item(), (y - y.min()).sum().item() / 1000
 
@@ -51,7 +51,7 @@ class FlowSchedule:
         return torch.exp(-2 * ((t - 500) / 1000) ** 2)
 
     def training_weight(self, t: Tensor) -> Tensor:
-        """Loss weight of timestep t (any shape, 0 … 1000): a bell around 500, 0 at t = 1000, mean 1 over the 1000-step table."""
+        """Loss weight of timestep t (any shape): a bell around 500, 0 at t = 1000, mean 1 over the 1000-step table."""
         low, mean = self._weight_shape
         return ((self._bell(t.double()) - low) / mean).clamp_min(0).to(torch.float32)
 

@@ -105,7 +105,7 @@ class BlockCausal(_VideoMask):
 
 @dataclass(frozen=True)
 class TeacherForcing(_VideoMask):
-    """`[clean | noisy]`: clean block i sees clean 0 … i; noisy block i sees clean 0 … i−1 and itself. Clean never sees noisy."""
+    """`[clean | noisy]`: clean block i sees clean 0 … i, noisy block i sees clean 0 … i−1 and itself."""
 
     layout: VideoLayout
 

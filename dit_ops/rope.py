@@ -25,13 +25,16 @@ class Rope3D:
     def tables(self, frames: int, height: int, width: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Three fp32 tables `[positions, d_axis / 2, 2]` of (cos, sin) that cover at least the asked positions."""
         need = (frames, height, width)
-        t, h, w = (_table(d, self.theta, -(-n // POSITIONS) * POSITIONS, str(device)) for d, n in zip(self.splits, need, strict=True))
+        t, h, w = (
+            _table(d, self.theta, -(-n // POSITIONS) * POSITIONS, str(device)) for d, n in zip(self.splits, need, strict=True)
+        )
         return t, h, w
 
 
 @lru_cache(maxsize=64)
 def _table(dim: int, theta: float, positions: int, device: str) -> Tensor:
-    """Built in fp64 on the host, once per (size, theta, device)."""
-    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * freq
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
+    """Built in fp64 on the host, once per (size, theta, device); never as inference tensors, which training could not use."""
+    with torch.inference_mode(False):
+        freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = torch.arange(positions, dtype=torch.float64)[:, None] * freq
+        return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)

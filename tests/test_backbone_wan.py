@@ -17,7 +17,16 @@ from dit_ops.camera import intrinsics_matrix, parse_trajectory
 from dit_ops.registry import load_backbone
 
 GOLDEN = Path(__file__).with_name("golden")
-TINY = dict(num_layers=2, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, text_dim=12, freq_dim=32, in_channels=4, out_channels=4)
+TINY = dict(
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=64,
+    text_dim=12,
+    freq_dim=32,
+    in_channels=4,
+    out_channels=4,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +96,14 @@ def test_golden_teacher_forcing_and_every_gradient(golden, checkpointing):
     config, c = golden
     model = golden_model(config)
     model.gradient_checkpointing = checkpointing
-    flow = model(c["tf.latents"], c["tf.timestep"], c["tf.context"], clean_latents=c["tf.clean"], viewmats=c["tf.viewmats"], Ks=c["tf.Ks"])
+    flow = model(
+        c["tf.latents"],
+        c["tf.timestep"],
+        c["tf.context"],
+        clean_latents=c["tf.clean"],
+        viewmats=c["tf.viewmats"],
+        Ks=c["tf.Ks"],
+    )
     close(flow, c["tf.flow"])
     (flow * c["tf.cotangent"]).mean().backward()
     recorded = {rename(k.removeprefix("tf.grad.")): v for k, v in c.items() if k.startswith("tf.grad.")}
@@ -132,7 +148,9 @@ def test_golden_streaming(golden, case, block, frames, options):
 def test_golden_through_the_reference_backend(golden):
     config, c = golden
     with use_backend("reference"):
-        flow = golden_model(config)(c["bi.latents"], c["bi.timestep"], c["bi.context"], viewmats=c["bi.viewmats"], Ks=c["bi.Ks"])
+        flow = golden_model(config)(
+            c["bi.latents"], c["bi.timestep"], c["bi.context"], viewmats=c["bi.viewmats"], Ks=c["bi.Ks"]
+        )
     close(flow, c["bi.flow"])
 
 
@@ -191,7 +209,9 @@ def test_round_trip_with_diffusers_is_silent_and_bitwise(tmp_path, caplog):
     stock.save_pretrained(tmp_path / "stock")
     ours, theirs = (p.joinpath("diffusion_pytorch_model.safetensors").read_bytes() for p in (tmp_path, tmp_path / "stock"))
     assert ours == theirs
-    assert json.loads((tmp_path / "config.json").read_text()).keys() >= json.loads((tmp_path / "stock/config.json").read_text()).keys() - {"_name_or_path"}
+    assert json.loads((tmp_path / "config.json").read_text()).keys() >= json.loads(
+        (tmp_path / "stock/config.json").read_text()
+    ).keys() - {"_name_or_path"}
 
 
 def test_a_stock_checkpoint_loads_without_camera_and_gains_one_that_changes_nothing(tmp_path):
@@ -264,7 +284,10 @@ def test_batch_equals_single_samples_and_shapes_may_change_between_calls():
             both = model(latents, t, text, clean_latents=clean, **cameras)
             for i in range(2):
                 here = {k: v[i : i + 1] for k, v in cameras.items()}
-                close(model(latents[i : i + 1], t[i : i + 1], text[i : i + 1], clean_latents=clean[i : i + 1], **here), both[i : i + 1])
+                close(
+                    model(latents[i : i + 1], t[i : i + 1], text[i : i + 1], clean_latents=clean[i : i + 1], **here),
+                    both[i : i + 1],
+                )
 
 
 def test_output_depends_on_relative_cameras_only():
@@ -333,7 +356,8 @@ def test_text_keys_are_computed_once_per_text():
 def original_names(state, camera):
     """The inverse of the renaming, for models of our own making."""
     with safe_open(GOLDEN / "wan_original_format.safetensors", "pt") as file:
-        back = {rename(k): k for k in file.keys()}
+        names = list(file.keys())
+    back = {rename(k): k for k in names}
     out = {back[k]: v for k, v in state.items()}
     return out | {back[f"camera:blocks.{k}"]: v for k, v in camera.items()}
 
@@ -424,7 +448,11 @@ def test_bad_input_is_named():
         ((latents, t, text[:, :, :5]), cameras, r"encoder_hidden_states must be .*\[2, T, 12\], got \[2, 7, 5\]"),
         ((latents, t, text), {}, "has a camera branch and needs viewmats and Ks"),
         ((latents, t, text), {"Ks": cameras["Ks"]}, "viewmats and Ks come together"),
-        ((latents, t, text), cameras | {"viewmats": cameras["viewmats"][:, :3]}, r"viewmats must be .*\[2, 5, 4, 4\], got \[2, 3, 4, 4\]"),
+        (
+            (latents, t, text),
+            cameras | {"viewmats": cameras["viewmats"][:, :3]},
+            r"viewmats must be .*\[2, 5, 4, 4\], got \[2, 3, 4, 4\]",
+        ),
         ((latents[..., :5], t, text), cameras, "multiples of the patch 2×2, got 4×5"),
         ((latents, t, text), cameras | {"clean_latents": clean[:, :4]}, "clean_latents must be"),
         ((latents, t, text), cameras | {"clean_latents": clean, "cache": model.new_cache(2, 4, 6)}, "exclude each other"),

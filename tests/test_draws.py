@@ -23,6 +23,6 @@ def test_distributions():
     d = Draws(0)
     integers = d.integers("i", 2, 5, (1000,))
     assert integers.unique().tolist() == [2, 3, 4]
-    assert 0 <= d.uniform("u", (1000,)).min() and d.uniform("u", (1000,)).max() < 1
+    assert d.uniform("u", (1000,)).min() >= 0 and d.uniform("u", (1000,)).max() < 1
     assert sorted(d.permutation("p", 10)) == list(range(10))
     assert abs(d.normal("n", (10000,)).std() - 1) < 0.05

@@ -13,7 +13,9 @@ GOLDEN = Path(__file__).with_name("golden") / "cases.safetensors"
 def test_schedule_matches_golden(shift):
     cases, schedule = load_file(GOLDEN), FlowSchedule(shift)
     torch.testing.assert_close(schedule.sigmas, cases[f"sched.shift{shift}.sigmas"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(schedule.training_weight(schedule.timesteps), cases[f"sched.shift{shift}.weights"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        schedule.training_weight(schedule.timesteps), cases[f"sched.shift{shift}.weights"], atol=1e-4, rtol=0
+    )
 
 
 def test_sampling_and_few_step():

@@ -20,7 +20,9 @@ layouts = st.builds(
 
 def by_rule(layout, rule):
     seen = torch.zeros(layout.total, layout.total, dtype=torch.bool)
-    place = [None if t < layout.prefix else ((t - layout.prefix) // layout.tokens, layout.frame_of(t)) for t in range(layout.total)]
+    place = [
+        None if t < layout.prefix else ((t - layout.prefix) // layout.tokens, layout.frame_of(t)) for t in range(layout.total)
+    ]
     for q in range(layout.total):
         for k in range(layout.total):
             seen[q, k] = place[k] is None or (place[q] is not None and rule(place[q], place[k]))

@@ -19,6 +19,15 @@ def test_tables_are_built_once_and_grow_with_the_stream():
     assert longer.shape[0] >= 1500 and torch.equal(longer[:1024], rope.tables(3, 4, 5)[0])
 
 
+def test_tables_made_while_sampling_serve_training():
+    rope = Rope3D(32, theta=777.0)
+    with torch.inference_mode():
+        rope.tables(2, 2, 2)
+    x = torch.ones(6, 2, requires_grad=True)
+    (x * rope.tables(2, 2, 2)[0][1]).sum().backward()  # autograd saves the table
+    assert x.grad is not None
+
+
 def test_bad_splits():
     with pytest.raises(ValueError, match="sum to head_dim = 64, got"):
         Rope3D(64, splits=(16, 24, 22))

@@ -1,0 +1,33 @@
+"""Fused operators for video diffusion transformers, with autograd, torch.compile and a plain-PyTorch reference."""
+
+from dit_ops._library import BACKENDS, explain, use_backend
+from dit_ops.ops.adaln import adaln
+from dit_ops.ops.attention import attention
+from dit_ops.ops.ema_update import ema_update_
+from dit_ops.ops.gated_residual import gated_residual
+from dit_ops.ops.gated_residual_adaln import gated_residual_adaln
+from dit_ops.ops.prope_output import prope_output
+from dit_ops.ops.qk_norm_rope import qk_norm_rope
+from dit_ops.ops.qk_norm_rope_prope import qk_norm_rope_prope
+from dit_ops.ops.sampler_steps import add_noise, cfg_euler_step, flow_to_x0, renoise
+from dit_ops.ops.ulysses import ulysses_gather_heads, ulysses_scatter_heads
+
+__all__ = [
+    "BACKENDS",
+    "adaln",
+    "add_noise",
+    "attention",
+    "cfg_euler_step",
+    "ema_update_",
+    "explain",
+    "flow_to_x0",
+    "gated_residual",
+    "gated_residual_adaln",
+    "prope_output",
+    "qk_norm_rope",
+    "qk_norm_rope_prope",
+    "renoise",
+    "ulysses_gather_heads",
+    "ulysses_scatter_heads",
+    "use_backend",
+]

@@ -1,0 +1,207 @@
+"""RMS norm of queries and keys, then 3D rotary position embedding."""
+
+import torch
+import torch.nn.functional as tf
+from torch import Tensor
+
+from dit_ops import _library as lib
+from dit_ops.ops.adaln import cpu_refuses, kernel_tables
+
+Rope = tuple[Tensor, Tensor, Tensor]
+Grid = tuple[int, int, int]
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Rope,
+    grid: Grid,
+    *,
+    eps: float = 1e-6,
+    start_frame: int = 0,
+    halves: int = 1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """rope(q / rms(q) * q_weight), the same for k; computed in fp32; differentiable in every tensor.
+
+    q, k: [B, L, N, D], any strides, L = halves * F * H * W    grid: (F, H, W); both halves have the same positions
+    q_weight, k_weight: [N * D] (rms over all channels), [D] (rms per head) or None (no norm)
+    rope: three tables (frame, height, width) [positions, D_axis / 2, 2] of (cos, sin) for the pairs (2i, 2i + 1) of the head,
+    axes in this order; the frame position is start_frame + frame    returns q, k in their dtype, contiguous
+    """
+    op = "qk_norm_rope"
+    check_heads(op, {"q": q, "k": k}, {"q_weight": q_weight, "k_weight": k_weight}, rope, grid, start_frame, halves)
+    backend = lib.choose(op, backend, REFUSES, q, k, *rope)
+    if backend == "reference":
+        return qk_norm_rope_ref(q, k, q_weight, k_weight, rope, grid, eps, start_frame, halves)
+    tables = kernel_tables(backend, q, q_weight, k_weight, *rope)
+    q_out, k_out, _, _ = _qk_norm_rope(kernel_heads(q), kernel_heads(k), *tables, *grid, eps, start_frame, backend)
+    return q_out, k_out
+
+
+def qk_norm_rope_ref(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Rope,
+    grid: Grid,
+    eps: float,
+    start_frame: int,
+    halves: int,
+) -> tuple[Tensor, Tensor]:
+    factors = rope_factors_ref(rope, grid, start_frame, halves, torch.promote_types(q.dtype, torch.float32))
+    q_out = rotate_ref(rms_norm_ref(q, q_weight, eps), factors).to(q.dtype)
+    k_out = rotate_ref(rms_norm_ref(k, k_weight, eps), factors).to(k.dtype)
+    return q_out, k_out
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight in fp32 (fp64 for fp64); weight None: x itself, widened."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if weight is None:
+        return wide
+    channels = wide if weight.shape[0] == x.shape[-1] else wide.flatten(-2)
+    return tf.rms_norm(channels, weight.shape, weight.to(wide.dtype), eps).view(x.shape)
+
+
+def rope_factors_ref(rope: Rope, grid: Grid, start_frame: int, halves: int, dtype: torch.dtype) -> Tensor:
+    """[2, L, 1, D]: the pair (a, b) at angle t turns into (a, b) * (cos t, cos t) + (b, a) * (-sin t, sin t)."""
+    axes = []
+    for axis, (table, start, n) in enumerate(zip(rope, (start_frame, 0, 0), grid, strict=True)):
+        cos, sin = table[start : start + n].to(dtype).unbind(-1)  # [n, D_axis / 2]
+        factors = torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2)  # [2, n, D_axis]
+        shape = [2, 1, 1, 1, factors.shape[-1]]
+        shape[1 + axis] = n
+        axes.append(factors.view(shape).expand(2, *grid, -1))
+    factors = torch.cat(axes, -1).flatten(1, 3)
+    return (factors if halves == 1 else factors.repeat(1, halves, 1))[:, :, None]
+
+
+def rotate_ref(x: Tensor, factors: Tensor) -> Tensor:
+    """x: [B, L, N, D]    factors: [2, L, 1, D]"""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * factors[0], swapped, factors[1])
+
+
+def check_heads(
+    op: str,
+    tensors: dict[str, Tensor],
+    weights: dict[str, Tensor | None],
+    rope: Rope,
+    grid: Grid,
+    start_frame: int,
+    halves: int,
+) -> None:
+    q = tensors["q"]
+    lib.check_tensor(op, "q", q, "B, L, N, D")
+    B, L, N, D = q.shape
+    for name, t in tensors.items():
+        lib.check_shape(op, name, t, "B, L, N, D", (B, L, N, D))
+    if D % 2:
+        raise ValueError(f"{op}: the head size D of q must be even, got {D}")
+    frames, height, width = grid
+    if halves not in (1, 2):
+        raise ValueError(f"{op}: halves must be 1 or 2, got {halves}")
+    tokens = halves * frames * height * width
+    if tokens != L:
+        raise ValueError(f"{op}: the L of q must be halves * F * H * W = {tokens}, got {L}")
+    for name, weight in weights.items():
+        if weight is not None and tuple(weight.shape) not in ((N * D,), (D,)):
+            raise ValueError(f"{op}: {name} must be [N * D] = [{N * D}], [D] = [{D}] or None, got {list(weight.shape)}")
+    if start_frame < 0:
+        raise ValueError(f"{op}: start_frame must be at least 0, got {start_frame}")
+    if len(rope) != 3 or any(t.ndim != 3 or t.shape[-1] != 2 for t in rope) or 2 * sum(t.shape[1] for t in rope) != D:
+        shapes = [list(t.shape) for t in rope]
+        raise ValueError(f"{op}: rope must be three tables [positions, D_axis / 2, 2], D_axis summing to D = {D}, got {shapes}")
+    for axis, table, positions in zip(("frame", "height", "width"), rope, (start_frame + frames, height, width), strict=True):
+        if table.shape[0] < positions:
+            raise ValueError(f"{op}: rope's {axis} table must have at least {positions} positions, got {table.shape[0]}")
+
+
+def kernel_heads(x: Tensor) -> Tensor:
+    """As the kernels read it: the channels of a token side by side, tokens at any stride."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def _cpu_refuses(q: Tensor, k: Tensor, *rope: Tensor) -> str | None:
+    return cpu_refuses(q, k) or needs_gradient(*rope)
+
+
+def needs_gradient(*constants: Tensor) -> str | None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
+        return "gradients of rope, P and P_inv are written in the reference only"
+    return None
+
+
+REFUSES = {"cpu": _cpu_refuses}
+
+
+def _fwd(q, k, q_weight, k_weight, rope_t, rope_h, rope_w, F, H, W, eps, start_frame, backend):
+    if q.numel() == 0:
+        return _fwd_fake(q, k, q_weight, k_weight, rope_t, rope_h, rope_w, F, H, W, eps, start_frame, backend)
+    launch = lib.kernel(backend, "qk_norm_rope", "qk_norm_rope_fwd")
+    return launch(q, k, q_weight, k_weight, rope_t, rope_h, rope_w, F, H, W, eps, start_frame)
+
+
+def _fwd_fake(q, k, q_weight, k_weight, rope_t, rope_h, rope_w, F, H, W, eps, start_frame, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), rstd_fake(q, q_weight), rstd_fake(k, k_weight)
+
+
+def rstd_fake(x: Tensor, weight: Tensor | None) -> Tensor:
+    means = 0 if weight is None else x.shape[2] * x.shape[3] // weight.shape[0]
+    return x.new_empty(*x.shape[:2], means, dtype=torch.float32)
+
+
+def dweight_fake(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x.new_empty(0 if weight is None else weight.shape[0], dtype=torch.float32)
+
+
+def _bwd(dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, rope_t, rope_h, rope_w, F, H, W, start_frame, backend):
+    if q.numel() == 0:
+        return q.new_empty(q.shape), k.new_empty(k.shape), dweight_fake(q, q_weight).zero_(), dweight_fake(k, k_weight).zero_()
+    launch = lib.kernel(backend, "qk_norm_rope", "qk_norm_rope_bwd")
+    return launch(dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, rope_t, rope_h, rope_w, F, H, W, start_frame)
+
+
+def _bwd_fake(dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, rope_t, rope_h, rope_w, F, H, W, start_frame, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), dweight_fake(q, q_weight), dweight_fake(k, k_weight)
+
+
+_qk_norm_rope = lib.define(
+    "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor rope_t, Tensor rope_h, Tensor rope_w,"
+    " SymInt F, SymInt H, SymInt W, float eps, SymInt start_frame, str backend)"
+    " -> (Tensor q_out, Tensor k_out, Tensor q_rstd, Tensor k_rstd)",
+    _fwd,
+    _fwd_fake,
+)
+_qk_norm_rope_bwd = lib.define(
+    "qk_norm_rope_bwd(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor q_rstd,"
+    " Tensor k_rstd, Tensor rope_t, Tensor rope_h, Tensor rope_w, SymInt F, SymInt H, SymInt W, SymInt start_frame,"
+    " str backend) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, q_weight, k_weight, *rope, F, H, W, _, start_frame, backend = inputs
+    ctx.rest = (F, H, W, start_frame, backend)
+    ctx.save_for_backward(q, k, q_weight, k_weight, *output[2:], *rope)
+
+
+def _backward(ctx, dq_out, dk_out, _dq_rstd, _dk_rstd):
+    q, k, q_weight, k_weight, *rest = ctx.saved_tensors
+    grads = _qk_norm_rope_bwd(dq_out.contiguous(), dk_out.contiguous(), q, k, q_weight, k_weight, *rest, *ctx.rest)
+    dq, dk, *dweights = grads
+    return dq, dk, *weight_gradients((q_weight, k_weight), dweights), *[None] * 9
+
+
+def weight_gradients(weights: tuple[Tensor | None, ...], gradients: list[Tensor]) -> list[Tensor | None]:
+    """In the weights' dtypes; None for an absent weight, whose gradient is empty."""
+    return [None if w is None else dw.to(w.dtype) for w, dw in zip(weights, gradients, strict=True)]
+
+
+lib.define_backward("qk_norm_rope", _backward, _setup_context)

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+import dit_ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_the_formula_in_place(dtype):
+    params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in ((3, 4), (5,), (0,), ())]
+    shadow = [torch.randn(p.shape) for p in params]
+    before = [s.clone() for s in shadow]
+    dit_ops.ema_update_(shadow, params, 0.9)
+    for s, old, p in zip(shadow, before, params, strict=True):
+        torch.testing.assert_close(s, 0.9 * old + 0.1 * p.detach().float())
+
+
+def test_mixed_dtypes_and_the_ends():
+    params = [torch.randn(4), torch.randn(4).bfloat16()]
+    shadow = [torch.zeros(4), torch.zeros(4)]
+    dit_ops.ema_update_(shadow, params, 1.0)
+    assert not any(s.count_nonzero() for s in shadow)
+    dit_ops.ema_update_(shadow, params, 0.0)
+    assert all(torch.equal(s, p.float()) for s, p in zip(shadow, params, strict=True))
+    dit_ops.ema_update_([], [], 0.5)
+
+
+def test_small_updates_are_not_lost():
+    """2000 steps of 1e-4 towards 1: an average kept in bf16 would stop after a few."""
+    shadow, params = [torch.zeros(2)], [torch.ones(2).bfloat16()]
+    for _ in range(2000):
+        dit_ops.ema_update_(shadow, params, 0.9999)
+    torch.testing.assert_close(shadow[0], torch.full((2,), 1 - 0.9999**2000), rtol=1e-4, atol=0)
+
+
+def test_errors_name_argument_expected_and_got():
+    a = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"ema_update_: decay must be in \[0, 1\], got 1.5"):
+        dit_ops.ema_update_([a], [a], 1.5)
+    with pytest.raises(ValueError, match="shadow must have as many tensors as params, 2, got 1"):
+        dit_ops.ema_update_([a], [a, a], 0.5)
+    with pytest.raises(ValueError, match=r"shadow\[0\] must be shaped as params\[0\] = \[3\], got \[2\]"):
+        dit_ops.ema_update_([a], [torch.zeros(3)], 0.5)
+    with pytest.raises(ValueError, match=r"shadow\[0\] must be fp32 .* got torch.bfloat16"):
+        dit_ops.ema_update_([a.bfloat16()], [a], 0.5)

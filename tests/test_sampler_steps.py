@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+import dit_ops
+
+SHAPE = (2, 3, 4, 2, 2)  # B, F, Cz, h, w
+SIGMAS = {"float": (0.75, 0.5), "per sample": ((2,), (2,)), "per frame": ((2, 3), (2, 3)), "mixed": (0.75, (2, 3))}
+
+
+def sigma(spec: float | tuple, dtype: torch.dtype = torch.float32) -> float | torch.Tensor:
+    return spec if isinstance(spec, float) else torch.rand(spec, dtype=dtype)
+
+
+def spread(s: float | torch.Tensor) -> float | torch.Tensor:
+    return s if isinstance(s, float) else s.view(*s.shape, *[1] * (5 - s.ndim)).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", SIGMAS)
+def test_steps_are_their_formulas(kind, dtype):
+    """In fp64, and in low precision to one rounding: everything between is fp32."""
+    a, b, c = (torch.randn(SHAPE).to(dtype) for _ in range(3))
+    s, s_next = (sigma(spec) for spec in SIGMAS[kind])
+    x, y, z, t, u = a.double(), b.double(), c.double(), spread(s), spread(s_next)
+    pairs = {
+        "add_noise": (dit_ops.add_noise(a, b, s), (1 - t) * x + t * y),
+        "flow_to_x0": (dit_ops.flow_to_x0(a, b, s), x - t * y),
+        "renoise": (dit_ops.renoise(a, b, c, s, s_next), (1 - u) * (x - t * y) + u * z),
+        "guided": (dit_ops.cfg_euler_step(a, b, c, 3.0, s, s_next), x + (u - t) * (z + 3 * (y - z))),
+        "unguided": (dit_ops.cfg_euler_step(a, b, None, 3.0, s, s_next), x + (u - t) * y),
+    }
+    for name, (got, exact) in pairs.items():
+        assert got.dtype == dtype and got.shape == SHAPE, name
+        rtol = {torch.float64: 1e-12, torch.float32: 0, torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2}[dtype]
+        torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=1e-12 if dtype == torch.float64 else 2e-6, msg=name)
+
+
+def test_ends_are_exact():
+    x0, noise = torch.randn(2, *SHAPE)
+    assert torch.equal(dit_ops.add_noise(x0, noise, 0.0), x0)
+    assert torch.equal(dit_ops.add_noise(x0, noise, torch.ones(2)), noise)
+    assert torch.equal(dit_ops.renoise(x0, noise, noise, 0.5, 0.0), dit_ops.flow_to_x0(x0, noise, 0.5))
+
+
+def test_steps_invert_each_other():
+    x0, noise = torch.randn(2, *SHAPE, dtype=torch.float64)
+    s = torch.rand(2, 3)
+    x = dit_ops.add_noise(x0, noise, s)
+    torch.testing.assert_close(dit_ops.flow_to_x0(x, noise - x0, s), x0)
+    torch.testing.assert_close(dit_ops.cfg_euler_step(x, noise - x0, None, 1.0, s, 0.0), x0)
+
+
+def test_gradients():
+    a, b, c = (torch.randn(2, 2, 1, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    s = torch.rand(2, 2, dtype=torch.float64, requires_grad=True)
+    for fn in (
+        lambda: lambda x, y, z, s: dit_ops.add_noise(x, y, s),
+        lambda: lambda x, y, z, s: dit_ops.renoise(x, y, z, s, 0.3),
+        lambda: lambda x, y, z, s: dit_ops.cfg_euler_step(x, y, z, 2.0, s, 0.1),
+    ):
+        assert torch.autograd.gradcheck(fn(), (a, b, c, s))
+
+
+def test_zero_size_and_other_ranks():
+    assert dit_ops.add_noise(torch.randn(2, 0, 4), torch.randn(2, 0, 4), torch.rand(2)).shape == (2, 0, 4)
+    x = torch.randn(3)
+    torch.testing.assert_close(dit_ops.flow_to_x0(x, x, torch.full((3,), 0.5)), x / 2)
+
+
+def test_errors_name_argument_expected_and_got():
+    x = torch.randn(SHAPE)
+    with pytest.raises(ValueError, match=r"add_noise: noise must be \[as x0\] = \[2, 3, 4, 2, 2\], got \[1, 3, 4, 2, 2\]"):
+        dit_ops.add_noise(x, x[:1], 0.5)
+    with pytest.raises(ValueError, match=r"renoise: sigma_next must be a float, \[B\] or \[B, F\] .* got \[3\]"):
+        dit_ops.renoise(x, x, x, 0.5, torch.rand(3))
+    with pytest.raises(ValueError, match="flow_to_x0: x must be a floating point tensor"):
+        dit_ops.flow_to_x0(x.int(), x, 0.5)
