@@ -74,6 +74,10 @@ def demo(
     """Runs every step that is not done yet and returns the page; `say` is given a line at each step."""
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if torch.cuda.is_available():  # the same figures twice; on a CPU they are so anyway
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     configs = stage_configs(preset, Path(output), seed)
     plan, output = PRESETS[preset], Path(output)
     journal = Journal(output, steps=len(STAGES) + len(MODELS) + 2, say=say, overwrite=overwrite)
@@ -167,8 +171,11 @@ def stage_configs(preset: str, output: Path, seed: int) -> dict[str, RunConfig]:
 
 
 def portable(config: RunConfig, output: Path) -> dict[str, Any]:
-    """The config without where its output lies, so that a moved folder is still finished."""
-    return json.loads(json.dumps(config_dict(config)).replace(json.dumps(str(output))[1:-1], "."))
+    """The config with paths counted from `output`, so that a moved folder is still finished."""
+    inside = lambda path: Path(path).relative_to(output).as_posix()
+    plain = config_dict(config)
+    plain |= {"output": inside(config.output), "init": {role: inside(path) for role, path in config.init.items()}}
+    return plain | {"data": plain["data"] | {"path": inside(config.data.path)}}
 
 
 def sources(config: RunConfig, output: Path) -> list[str]:

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dit_ops.backbones.wan import WanBackbone
 from dit_ops.camera import DEFAULT_INTRINSICS, intrinsics_matrix, parse_trajectory
@@ -16,6 +18,7 @@ from dit_ops.pipelines.autoregressive import AutoregressivePipeline
 from dit_ops.pipelines.bidirectional import BidirectionalPipeline
 from dit_ops.pipelines.few_step import FewStepPipeline
 from dit_ops.pipelines.settings import Settings
+from dit_ops.pipelines.solvers import UniPC
 from dit_ops.video import read_mp4
 
 CONFIG = {
@@ -106,16 +109,24 @@ def test_few_step_equals_the_loop_without_a_cache(causal, condition):
     close(FewStepPipeline(causal, condition, SETTINGS)(PROMPT, pose=POSE), expected)
 
 
-def test_autoregressive_equals_the_loop_without_a_cache(causal, condition):
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_autoregressive_equals_the_loop_without_a_cache(causal, condition, solver):
+    settings = SETTINGS.override({"solver": solver, "guidance": 2.5})
     sigmas = FlowSchedule(5.0).sampling(3).tolist()
+    block_solver = UniPC(settings)
 
     def update(i, x, flows, block):
-        return x + (sigmas[i + 1] - sigmas[i]) * (flows[1] + 2.5 * (flows[0] - flows[1]))
+        nonlocal block_solver
+        if solver == "euler":
+            return x + (sigmas[i + 1] - sigmas[i]) * (flows[1] + 2.5 * (flows[0] - flows[1]))
+        block_solver = UniPC(settings) if i == 0 else block_solver  # no history from the block before
+        return block_solver.step(i, x.clone(), *flows)  # it keeps its argument
 
-    expected = teacher_forced(causal, condition, [1000 * s for s in sigmas[:-1]], update)
-    pipeline = AutoregressivePipeline(causal, condition, SETTINGS)
+    levels = [1000 * s for s in sigmas[:-1]] if solver == "euler" else block_solver.timesteps
+    expected = teacher_forced(causal, condition, levels, update)
+    pipeline = AutoregressivePipeline(causal, condition, settings)
     for batched in (False, True):
-        close(pipeline(PROMPT, pose=POSE, guidance=2.5, batched_guidance=batched), expected)
+        close(pipeline(PROMPT, pose=POSE, batched_guidance=batched), expected)
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
@@ -125,39 +136,54 @@ def test_a_multistep_block_of_all_frames_is_the_bidirectional_model(full, condit
     close(AutoregressivePipeline(full, condition, SETTINGS)(PROMPT, block_frames=5, **options), bidirectional)
 
 
+@pytest.fixture(scope="module")
 def stock_pipeline() -> WanPipeline:
+    """diffusers' own pipeline of tiny random components."""
     torch.manual_seed(0)
+    words = ["<pad>", "</s>", "<unk>", *PROMPT.split()]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    text = {"vocab_size": len(vocabulary), "d_model": 64, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     transformer = WanTransformer3DModel.from_config(CONFIG)
     randomise(transformer)
     vae = AutoencoderKLWan(
         base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(UMT5Config(**text, feed_forward_proj="gated-gelu")).eval(),
+        vae=vae.eval(),
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
 
 
-def test_bidirectional_latents_equal_diffusers_own_pipeline(condition):
-    pipe = stock_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    backbone = WanBackbone(pipe.transformer).eval()
-    settings = Settings(num_steps=4, guidance=5.0, shift=3.0, solver="unipc", height=32, width=48, frames=3)
-    ours = BidirectionalPipeline(backbone, condition, settings)
-    state = stages.validate(backbone, condition, PROMPT, None, 0, None, settings)
-    stages.encode_text(state, condition, torch.float32)
+def test_a_stock_diffusers_directory_gives_diffusers_own_video(tmp_path, stock_pipeline):
+    stock_pipeline.set_progress_bar_config(disable=True)
+    stock_pipeline.save_pretrained(tmp_path)
+    pipeline = loading.load(tmp_path, device="cpu")
+    assert type(pipeline) is BidirectionalPipeline
+    assert (pipeline.settings.solver, pipeline.settings.shift, pipeline.settings.guidance) == ("unipc", 3.0, 5.0)
+    noise = torch.stack([Draws(7).at(f).normal("noise", (16, 4, 6)) for f in range(3)], dim=1)[None]
     with torch.inference_mode():
-        (latents,) = ours.denoise(state)
-        expected = pipe(
-            prompt_embeds=state.texts[0],
-            negative_prompt_embeds=state.texts[1],
-            latents=stages.initial_noise(state, 0, 3).transpose(1, 2),
+        expected = stock_pipeline(
+            prompt=PROMPT,
+            negative_prompt="",
+            latents=noise,
             height=32,
             width=48,
             num_frames=9,
             num_inference_steps=4,
-            guidance_scale=5.0,
-            output_type="latent",
-        ).frames.transpose(1, 2)
-    close(latents, expected)
+            output_type="pt",
+        ).frames
+    (video,) = pipeline.stream(PROMPT, seed=7, frames=3, height=32, width=48, num_steps=4)
+    assert video.shape == (1, 9, 3, 32, 48)
+    close((video + 1) / 2, expected)
 
 
 def test_chunks_come_block_by_block_and_do_not_depend_on_the_length(causal, condition):
@@ -263,16 +289,6 @@ def test_a_directory_without_condition_needs_one(tmp_path, causal, condition):
         loading.load(tmp_path / "model", device="cpu")
     for given in (condition, tmp_path / "model" / "condition"):
         assert loading.load(tmp_path / "model", device="cpu", condition=given).condition.latent_channels == 16
-
-
-def test_stock_diffusers_directory_loads(tmp_path, condition, monkeypatch):
-    stock_pipeline().save_pretrained(tmp_path)
-    monkeypatch.setattr(loading.conditions, "load", lambda directory: condition)  # its vae and text encoder have their own test
-    pipeline = loading.load(tmp_path, device="cpu")
-    assert type(pipeline) is BidirectionalPipeline
-    assert (pipeline.settings.solver, pipeline.settings.shift, pipeline.settings.guidance) == ("unipc", 3.0, 5.0)
-    video = pipeline(PROMPT, frames=2, height=32, width=48, num_steps=2)
-    assert video.shape == (1, 2, 3, 32, 48)
 
 
 def test_a_new_pipeline_class_is_found_by_name(tmp_path, causal, condition, monkeypatch):
