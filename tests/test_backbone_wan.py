@@ -304,7 +304,7 @@ def test_output_depends_on_relative_cameras_only():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_through_the_cache_is_truncated_to_the_chunk(checkpointing):
-    """A rollout that trains through the cache = every chunk on its own, its past a constant (spec 5.1, B5)."""
+    """A rollout that trains through the cache = every chunk on its own, its past a constant."""
     model = tiny()
     model.gradient_checkpointing = checkpointing
     latents, clean, text, cameras = inputs(F=6)

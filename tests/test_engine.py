@@ -181,7 +181,7 @@ class NoiseFreeStage(ToyStage):
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_micro_batches_equal_one_batch(tmp_path, accumulation):
-    """Spec B16: k micro batches = one batch k times as large, to fp32 rounding, and one optimizer step."""
+    """k micro batches = one batch k times as large, to fp32 rounding, and one optimizer step."""
     gradients, steps = {}, {}
     for k in (1, accumulation):
         data = {"path": "toy", "batch_size": 8 // k}

@@ -78,7 +78,7 @@ def test_full():
 
 
 def test_a_shorter_last_block_never_leaks():
-    """Five frames in blocks of two: the last clean block must stop at the clean half's end (spec B12)."""
+    """Five frames in blocks of two: the last clean block must stop at the clean half's end."""
     layout = VideoLayout(5, 1, 1, 2, halves=2)
     seen = TeacherForcing(layout).dense()
     assert not seen[:5, 5:].any()

@@ -83,7 +83,7 @@ def test_one_step_rollout_is_teacher_forcing_on_its_own_output():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("exit_step", [0, 2])
 def test_gradient_is_truncated_to_each_block(exit_step, checkpointing):
-    """B5: as if every block had been run alone on constant keys of the past."""
+    """As if every block had been run alone on constant keys of the past."""
     generator, batch, draws = tiny_wan(2), tiny_batch(2, FRAMES), Draws(3)
     weight = torch.randn(2, FRAMES, *LATENT, generator=torch.Generator().manual_seed(1))
     generator.gradient_checkpointing = checkpointing

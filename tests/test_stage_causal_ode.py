@@ -16,7 +16,7 @@ def numbered(B, F=2):
 
 
 def test_every_sample_gets_its_own_state():
-    """B19: the gather is per sample; clean half = ground truth, timestep = that state's, in fp32."""
+    """The gather is per sample; clean half = ground truth, timestep = that state's, in fp32."""
     model = GaussianBackbone(1.0)
     stage = CausalODEStage(CausalODEConfig(), {"generator": model})
     trajectory = numbered(7)

@@ -34,7 +34,7 @@ class Constant(nn.Module):
 
 
 def test_noise_levels_and_euler_step_are_exact():
-    """B6: x_t, t, t' and σ' − σ come from one fp32 schedule. With t rounded to bf16, Δσ would be wrong by up to 66 %."""
+    """x_t, t, t' and σ' − σ come from one fp32 schedule. With t rounded to bf16, Δσ would be wrong by up to 66 %."""
     config = ConsistencyConfig()
     sigmas = FlowSchedule(5.0).sampling(50).double()
     clean = torch.zeros(64, 1, *LATENT)

@@ -90,7 +90,7 @@ def test_following_the_gradient_matches_the_distributions():
 
 
 def test_scores_see_timesteps_that_are_1000_sigma():
-    """B2, and the law: shift(U) clamped to [20, 980]; one σ per sample, the same x_t for both scores."""
+    """1000 σ is fed, and the law: shift(U) clamped to [20, 980]; one σ per sample, the same x_t for both scores."""
     timesteps = []
     for step in range(40):
         x = torch.randn(8, 1, *LATENT)

@@ -1,4 +1,4 @@
-"""Teacher-forcing stage: one noise level per block, the clean half, and its augmentation (spec B22)."""
+"""Teacher-forcing stage: one noise level per block, the clean half, and its augmentation."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_loss_is_its_formula_and_the_clean_half_is_the_truth():
 
 
 def test_augmentation_noises_the_clean_half_a_little_and_with_noise_of_its_own():
-    """Spec B22: indices of the small sigmas (the schedule falls), an ε that is not the noisy half's."""
+    """Indices of the small sigmas (the schedule falls), an ε that is not the noisy half's."""
     stage, backbone = stage_of(block_frames=2, noise_augmentation_max_timestep=100.0)
     batch = tiny_batch(20, 5)
     for step in range(40):
