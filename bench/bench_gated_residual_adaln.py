@@ -3,11 +3,12 @@
 import torch
 
 import dit_ops
-from dit_ops.bench.shapes import arguments, bench_op, shapes
+from dit_ops.bench.runs import arguments, bench_op
+from dit_ops.bench.shapes import shapes
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    for name, B, L, C, F in shapes(args.tokens):
+    for name, B, L, C, F in shapes(args):
         x, y, dx, dh = (torch.randn(B, L, C, device=args.device).to(getattr(torch, args.dtype)) for _ in range(4))
         gate, scale, shift = (torch.randn(B, F, C, device=args.device) for _ in range(3))
         leaves = [t.requires_grad_() for t in (x, y, gate, scale, shift)]

@@ -3,7 +3,8 @@
 import torch
 
 import dit_ops
-from dit_ops.bench.shapes import arguments, bench_op, head_shapes
+from dit_ops.bench.runs import arguments, bench_op
+from dit_ops.bench.shapes import head_shapes
 
 if __name__ == "__main__":
     args = arguments(__doc__)

@@ -30,6 +30,7 @@ Tensors5 qk_norm_rope_prope_bwd(const Tensor& dq2, const Tensor& dk2, const Tens
                                 const Tensor& v, const Table& q_weight, const Table& k_weight, const Tensor& q_rstd,
                                 const Tensor& k_rstd, const Tensor& rope_t, const Tensor& rope_h, const Tensor& rope_w,
                                 const Tensor& P, const Tensor& P_inv, int64_t F, int64_t H, int64_t W, int64_t start_frame);
+Tensor prope_output_fwd(const Tensor& o, const Tensor& P, int64_t halves);
 
 }  // namespace dit
 
@@ -56,6 +57,7 @@ STABLE_TORCH_LIBRARY(dit_ops_cpu, m) {
   m.def("qk_norm_rope_prope_bwd(Tensor dq2, Tensor dk2, Tensor dv2, Tensor q, Tensor k, Tensor v, Tensor? q_weight,"
         " Tensor? k_weight, Tensor q_rstd, Tensor k_rstd, Tensor rope_t, Tensor rope_h, Tensor rope_w, Tensor P, Tensor P_inv,"
         " int F, int H, int W, int start_frame) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, Tensor dk_weight)");
+  m.def("prope_output_fwd(Tensor o, Tensor P, int halves) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dit_ops_cpu, CPU, m) {
@@ -69,4 +71,5 @@ STABLE_TORCH_LIBRARY_IMPL(dit_ops_cpu, CPU, m) {
   m.impl("qk_norm_rope_bwd", TORCH_BOX(&dit::qk_norm_rope_bwd));
   m.impl("qk_norm_rope_prope_fwd", TORCH_BOX(&dit::qk_norm_rope_prope_fwd));
   m.impl("qk_norm_rope_prope_bwd", TORCH_BOX(&dit::qk_norm_rope_prope_bwd));
+  m.impl("prope_output_fwd", TORCH_BOX(&dit::prope_output_fwd));
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/norm_rows.h"
+#include "common/project_rows.h"
 
 namespace dit {
 namespace {
@@ -12,7 +13,8 @@ namespace {
 struct Rows {
   const void* x;
   int64_t stride_b, stride_l;
-  const float *weight, *rope[3], *M;  // null: no norm, no rotation, no projection
+  const float *weight, *rope[3], *M;  // weight null: no norm; M null: no projection
+  bool rotate;  // an axis may have no channels, and then a null table
   bool transpose;
   const void* dout;  // backward only
   void* out;         // forward: [B, L, paths * N, D]    backward: dx [B, L, N, D]
@@ -46,22 +48,6 @@ DIT_INLINE void turn_heads(const float* __restrict n, const float* __restrict an
   }
 }
 
-// Adds M n, or M^T n, in groups of 4 channels.
-DIT_INLINE void project_heads(const float* __restrict n, const float* M, bool transpose, float* __restrict out, int64_t C) {
-  float m[4][4];
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 4; ++j) m[i][j] = transpose ? M[4 * j + i] : M[4 * i + j];
-  }
-#pragma omp simd
-  for (int64_t c = 0; c < C; c += 4) {
-    const float x0 = n[c], x1 = n[c + 1], x2 = n[c + 2], x3 = n[c + 3];
-    out[c] += m[0][0] * x0 + m[0][1] * x1 + m[0][2] * x2 + m[0][3] * x3;
-    out[c + 1] += m[1][0] * x0 + m[1][1] * x1 + m[1][2] * x2 + m[1][3] * x3;
-    out[c + 2] += m[2][0] * x0 + m[2][1] * x1 + m[2][2] * x2 + m[2][3] * x3;
-    out[c + 3] += m[3][0] * x0 + m[3][1] * x1 + m[3][2] * x2 + m[3][3] * x3;
-  }
-}
-
 template <typename T>
 DIT_INLINE void forward_tokens(const Rows& a, int64_t begin, int64_t end) {
   std::vector<float> buffer(3 * a.C + a.D);
@@ -80,7 +66,7 @@ DIT_INLINE void forward_tokens(const Rows& a, int64_t begin, int64_t end) {
       }
       n = normed;
     }
-    if (a.rope[0]) {
+    if (a.rotate) {
       angles_of(a, token, angles);
       std::fill_n(out, a.C, 0.f);
       turn_heads(n, angles, 1.f, out, a.C, a.D);
@@ -111,7 +97,7 @@ DIT_INLINE void backward_chunks(const Rows& a, int64_t begin, int64_t end) {
       const T* dout = static_cast<const T*>(a.dout) + token * a.paths() * a.C;
       T* to = static_cast<T*>(a.out) + token * a.C;
       const float* d = load_row(dout, wide_d, a.C);
-      if (a.rope[0]) {
+      if (a.rotate) {
         angles_of(a, token, angles);
         std::fill_n(dn, a.C, 0.f);
         turn_heads(d, angles, -1.f, dn, a.C, a.D);
@@ -159,6 +145,7 @@ Rows rows_of(const Tensor& x, const Table& weight, const Rope& grid, bool rotate
     a.rope[i] = rotate ? data<float>(*tables[i]) : nullptr;
     a.axis[i] = tables[i]->size(1);
   }
+  a.rotate = rotate;
   a.M = camera ? data<float>(camera->M) : nullptr;
   a.transpose = camera && camera->transpose;
   a.L = x.size(1);

@@ -1,6 +1,7 @@
 """Fused operators for video diffusion transformers, with autograd, torch.compile and a plain-PyTorch reference."""
 
 from dit_ops._library import BACKENDS, explain, use_backend
+from dit_ops.fuse import fuse, unfuse
 from dit_ops.ops.adaln import adaln
 from dit_ops.ops.attention import attention
 from dit_ops.ops.ema_update import ema_update_
@@ -21,6 +22,7 @@ __all__ = [
     "ema_update_",
     "explain",
     "flow_to_x0",
+    "fuse",
     "gated_residual",
     "gated_residual_adaln",
     "prope_output",
@@ -29,5 +31,6 @@ __all__ = [
     "renoise",
     "ulysses_gather_heads",
     "ulysses_scatter_heads",
+    "unfuse",
     "use_backend",
 ]

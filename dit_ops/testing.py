@@ -1,15 +1,9 @@
-"""Shared by tests/ and bench/: error budgets, one timer and the bench record."""
+"""Error budgets, and the comparison of a backend with the reference."""
 
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from dit_ops._library import use_backend
 
 
 def assert_within_rounding(name: str, got: Tensor, exact: Tensor, plain: Tensor, factor: float = 2.0) -> None:
@@ -47,49 +41,3 @@ def check_backend(
     got = run_with_grads(fn, tensors, cotangents, backend=backend, **kwargs)
     for name in exact:
         assert_within_rounding(f"{backend} {name}", got[name], exact[name], plain[name], factor)
-
-
-def time_us(fn: Callable[[], object], device: str, repeats: int = 50) -> list[float]:
-    """Sorted times of fn in microseconds: on a GPU by events with the L2 cache flushed before every call, else by the clock."""
-    for _ in range(5):
-        fn()
-    if device == "cpu":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter_ns()
-            fn()
-            times.append((time.perf_counter_ns() - start) / 1e3)
-        return sorted(times)
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start_event, end_event in events:
-        flush.zero_()
-        start_event.record()
-        fn()
-        end_event.record()
-    torch.cuda.synchronize()
-    return sorted(start_event.elapsed_time(end_event) * 1e3 for start_event, end_event in events)
-
-
-def device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def record(
-    op: str, shape: str, backend: str, pass_: str, run: Callable[[], object], device: str, moved_bytes: int, repeats: int = 50
-) -> None:
-    """Times one backend and prints one JSON line; a backend that refuses the call prints its reason."""
-    line: dict[str, object] = {"op": op, "shape": shape, "backend": backend, "pass": pass_, "device": device_name(device)}
-    try:
-        with use_backend("reference" if backend == "torch.compile" else backend):
-            times = time_us(run, device, repeats)
-        median = statistics.median(times)
-        line |= {"us": round(median, 1), "min_us": round(times[0], 1), "GB/s": round(moved_bytes / median / 1e3, 1)}
-    except NotImplementedError as refusal:
-        line |= {"refused": str(refusal)}
-    print(json.dumps(line))

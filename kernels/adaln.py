@@ -18,17 +18,12 @@ def load_row(table, stride_b, stride_f, i_b, i_f, o_c, m_c):
 
 
 @triton.jit
-def adaln_fwd_kernel(
-    x, scale, shift, weight, bias, y, mean, rstd,
-    scale_b, scale_f, shift_b, shift_f, L, C, S, eps,
-    RMS: tl.constexpr, BC: tl.constexpr,
+def store_adaln(
+    b_x, scale, shift, weight, bias, y, mean, rstd,
+    scale_b, scale_f, shift_b, shift_f, i_b, i_f, i_row, C, o_c, m_c, eps,
+    RMS: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_l = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    i_f, i_row = i_l // S, i_b * L + i_l
-    o_c = tl.arange(0, BC)
-    m_c = o_c < C
-
-    b_x = tl.load(x + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
+    """adaln of one token, b_x: [BC] fp32, zero outside the mask."""
     if RMS:
         b_mean = 0.0
         b_xc = b_x
@@ -52,6 +47,51 @@ def adaln_fwd_kernel(
 
 
 @triton.jit
+def adaln_fwd_kernel(
+    x, scale, shift, weight, bias, y, mean, rstd,
+    scale_b, scale_f, shift_b, shift_f, L, C, S, eps,
+    RMS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    i_b, i_l = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    i_f, i_row = i_l // S, i_b * L + i_l
+    o_c = tl.arange(0, BC)
+    m_c = o_c < C
+    b_x = tl.load(x + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
+    store_adaln(
+        b_x, scale, shift, weight, bias, y, mean, rstd,
+        scale_b, scale_f, shift_b, shift_f, i_b, i_f, i_row, C, o_c, m_c, eps, RMS,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_gain(weight, scale, scale_b, scale_f, i_b, i_f, o_c, m_c, BC: tl.constexpr):
+    """weight * (1 + scale)"""
+    b_gain = tl.full([BC], 1.0, tl.float32)
+    if weight is not None:
+        b_gain = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if scale is not None:
+        b_gain *= 1 + load_row(scale, scale_b, scale_f, i_b, i_f, o_c, m_c)
+    return b_gain
+
+
+@triton.jit
+def add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def norm_bwd(b_dy, b_xhat, b_gain, b_rstd, C, RMS: tl.constexpr):
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * gain; without mean(g) for the RMS norm"""
+    b_g = b_dy * b_gain
+    if RMS:
+        b_dx = b_g - b_xhat * (tl.sum(b_g * b_xhat) / C)
+    else:
+        b_g_xhat, b_sum = tl.reduce((b_g * b_xhat, b_g), 0, add_pairs)
+        b_dx = b_g - b_xhat * (b_g_xhat / C) - b_sum / C
+    return b_dx * b_rstd
+
+
+@triton.jit
 def adaln_bwd_kernel(
     dy, x, scale, weight, mean, rstd, dx, dy_xhat, dy_sum,
     scale_b, scale_f, L, C, S, NL,
@@ -61,11 +101,7 @@ def adaln_bwd_kernel(
     i_f, i_n = i_p // NL, i_p % NL
     o_c = tl.arange(0, BC)
     m_c = o_c < C
-    b_gain = tl.full([BC], 1.0, tl.float32)
-    if weight is not None:
-        b_gain = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-    if scale is not None:
-        b_gain *= 1 + load_row(scale, scale_b, scale_f, i_b, i_f, o_c, m_c)
+    b_gain = load_gain(weight, scale, scale_b, scale_f, i_b, i_f, o_c, m_c, BC)
     b_dy_xhat = tl.zeros([BC], dtype=tl.float32)
     b_dy_sum = tl.zeros([BC], dtype=tl.float32)
 
@@ -77,12 +113,8 @@ def adaln_bwd_kernel(
         b_xhat = tl.where(m_c, (b_x - tl.load(mean + i_row)) * b_rstd, 0.0)
         b_dy_xhat += b_dy * b_xhat
         b_dy_sum += b_dy
-        # dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * gain; without mean(g) for the RMS norm
-        b_g = b_dy * b_gain
-        b_dx = b_g - b_xhat * (tl.sum(b_g * b_xhat) / C)
-        if not RMS:
-            b_dx -= tl.sum(b_g) / C
-        tl.store(dx + i_row * C + o_c, (b_dx * b_rstd).to(dx.dtype.element_ty), mask=m_c)
+        b_dx = norm_bwd(b_dy, b_xhat, b_gain, b_rstd, C, RMS)
+        tl.store(dx + i_row * C + o_c, b_dx.to(dx.dtype.element_ty), mask=m_c)
 
     i_sum = (i_b * tl.num_programs(0) + i_p) * C
     tl.store(dy_xhat + i_sum + o_c, b_dy_xhat, mask=m_c)

@@ -57,10 +57,12 @@ def kernel_backends(device: str, *written: str) -> list[str]:
     return here
 
 
-def head_case(norm: str, dtype: torch.dtype, names: str, B: int, L: int, N: int, D: int) -> dict[str, Tensor | None]:
+def head_case(
+    norm: str, dtype: torch.dtype, names: str, B: int, L: int, N: int, D: int, device: str = "cpu"
+) -> dict[str, Tensor | None]:
     """Heads [B, L, N, D] by the letters of names, and q_weight, k_weight of a norm over channels, over the head, or none."""
-    out: dict[str, Tensor | None] = {name: torch.randn(B, L, N, D).to(dtype) for name in names}
+    out: dict[str, Tensor | None] = {name: torch.randn(B, L, N, D, device=device).to(dtype) for name in names}
     size = {"channels": N * D, "head": D, "no norm": 0}[norm]
     for name in ("q_weight", "k_weight"):
-        out[name] = 1 + 0.1 * torch.randn(size) if size else None
+        out[name] = 1 + 0.1 * torch.randn(size, device=device) if size else None
     return out

@@ -42,3 +42,23 @@ def test_errors_name_argument_expected_and_got():
         dit_ops.ema_update_([a], [torch.zeros(3)], 0.5)
     with pytest.raises(ValueError, match=r"shadow\[0\] must be fp32 .* got torch.bfloat16"):
         dit_ops.ema_update_([a.bfloat16()], [a], 0.5)
+
+
+@pytest.mark.gpu
+def test_the_kernel_on_the_gpu():
+    """One launch for every tensor, which a graph replays."""
+    params = [torch.randn(n, device="cuda").to(t) for n in (1, 5000, 100_001) for t in (torch.float32, torch.bfloat16)]
+    shadow = [torch.randn(p.shape, device="cuda") for p in params]
+    plain = [s.clone() for s in shadow]
+    dit_ops.ema_update_(shadow, params, 0.9, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dit_ops.ema_update_(shadow, params, 0.9, backend="triton")
+    graph.replay()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        dit_ops.ema_update_(shadow, params, 0.9, backend="triton")
+        torch.cuda.synchronize()
+    assert len([e for e in profile.events() if "ema_update" in e.name and e.device_type.name == "CUDA"]) == 1
+    for _ in range(3):
+        dit_ops.ema_update_(plain, params, 0.9, backend="reference")
+    torch.testing.assert_close(shadow, plain)

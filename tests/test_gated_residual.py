@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_cases import CASES, DTYPES, kernel_backends, tensors
+from op_cases import CASES, DTYPES, Case, kernel_backends, tensors
 from torch.library import opcheck
 
 import dit_ops
@@ -10,9 +10,16 @@ from dit_ops.testing import check_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.rows is not None], ids=str)
 def test_kernels_are_within_rounding(case, dtype, device):
-    for backend in kernel_backends(device, "cpu"):
+    for backend in kernel_backends(device, "triton", "cpu"):
         args = tensors(case, dtype, device, ("gate",), branches=("x", "y"))
         check_backend(dit_ops.gated_residual, args, [torch.randn_like(args["x"])], backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [1536, 2048, 5120, 8192])
+def test_widths_of_real_models(C, device):
+    args = tensors(Case(2, 3 * 37, C, 3, "layer", False), torch.bfloat16, device, ("gate",), branches=("x", "y"))
+    check_backend(dit_ops.gated_residual, args, [torch.randn_like(args["x"])], "triton")
 
 
 @pytest.mark.parametrize("gate", [None, (2, 4), (2, 3, 4)], ids=str)
@@ -33,16 +40,25 @@ def test_half_precision_rounds_once(device):
 
 
 def test_zero_tokens(device):
-    for backend in (*kernel_backends(device, "cpu"), "reference"):
+    for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
         x, gate = torch.randn(2, 0, 8, device=device, requires_grad=True), torch.randn(2, 8, device=device, requires_grad=True)
         dx, dgate = torch.autograd.grad(dit_ops.gated_residual(x, x, gate, backend=backend).sum(), (x, gate))
         assert dx.shape == (2, 0, 8) and not dgate.count_nonzero()
 
 
+def test_backward_gives_the_same_bits_twice(device):
+    x, y, dout = torch.randn(3, 2, 130, 32, device=device)
+    leaves = [x.requires_grad_(), y.requires_grad_(), torch.randn(2, 32, device=device, requires_grad=True)]
+    for backend in kernel_backends(device, "triton", "cpu"):
+        outputs = [dit_ops.gated_residual(*leaves, backend=backend) for _ in range(2)]
+        first, second = (torch.autograd.grad(out, leaves, dout) for out in outputs)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_op_is_well_registered_and_compiles(device):
     x, gate = (torch.randn(2, n, 48, device=device, requires_grad=True) for n in (6, 3))
     compiled = torch.compile(dit_ops.gated_residual, fullgraph=True, backend="aot_eager")
-    for backend in kernel_backends(device, "cpu"):
+    for backend in kernel_backends(device, "triton", "cpu"):
         opcheck(torch.ops.dit_ops.gated_residual.default, (x, x, gate, backend))
         torch.testing.assert_close(compiled(x, x, gate, backend=backend), dit_ops.gated_residual(x, x, gate))
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_cases import CASES, DTYPES, kernel_backends, tensors
+from op_cases import CASES, DTYPES, Case, kernel_backends, tensors
 from torch.library import opcheck
 
 import dit_ops
@@ -12,15 +12,23 @@ TABLES = ("gate", "scale", "shift")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_are_within_rounding(case, dtype, device):
-    for backend in kernel_backends(device, "cpu"):
+    for backend in kernel_backends(device, "triton", "cpu"):
         args = tensors(case, dtype, device, TABLES, branches=("x", "y"))
         cotangents = [torch.randn_like(args["x"]) for _ in range(2)]
         check_backend(dit_ops.gated_residual_adaln, args, cotangents, backend, norm=case.norm)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("C", [1536, 2048, 5120, 8192])
+def test_widths_of_real_models(C, dtype, device):
+    args = tensors(Case(2, 3 * 37, C, 3, "layer", True), dtype, device, TABLES, branches=("x", "y"))
+    check_backend(dit_ops.gated_residual_adaln, args, [torch.randn_like(args["x"]) for _ in range(2)], "triton")
+
+
 @pytest.mark.parametrize("absent", ["gate", "scale", "shift"])
 def test_any_table_may_be_absent(absent, device):
-    for backend in kernel_backends(device, "cpu"):
+    for backend in kernel_backends(device, "triton", "cpu"):
         args = tensors(CASES[2], torch.float32, device, TABLES, branches=("x", "y")) | {absent: None}
         check_backend(dit_ops.gated_residual_adaln, args, [torch.randn_like(args["x"]) for _ in range(2)], backend)
 
@@ -28,7 +36,7 @@ def test_any_table_may_be_absent(absent, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_gated_residual_then_adaln(dtype, device):
     args = tensors(CASES[2], dtype, device, TABLES, branches=("x", "y"))
-    for backend in (*kernel_backends(device, "cpu"), "reference"):
+    for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
         x_new, h = dit_ops.gated_residual_adaln(**args, backend=backend)
         want = dit_ops.gated_residual(args["x"], args["y"], args["gate"], backend=backend)
         norm = {name: args[name] for name in ("scale", "shift", "weight", "bias")}
@@ -47,7 +55,7 @@ def test_gradient_flows_through_either_output_alone(device):
     args = tensors(CASES[2], torch.float32, device, TABLES, branches=("x", "y"))
     for output in (0, 1):
         grads = []
-        for backend in (*kernel_backends(device, "cpu"), "reference"):
+        for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
             x = args["x"].clone().requires_grad_()
             out = dit_ops.gated_residual_adaln(**args | {"x": x}, backend=backend)[output]
             grads.append(torch.autograd.grad(out.square().sum(), x)[0])
@@ -55,11 +63,22 @@ def test_gradient_flows_through_either_output_alone(device):
 
 
 def test_zero_tokens(device):
-    for backend in (*kernel_backends(device, "cpu"), "reference"):
+    for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
         x, gate = torch.randn(2, 0, 8, device=device, requires_grad=True), torch.randn(2, 8, device=device, requires_grad=True)
         x_new, h = dit_ops.gated_residual_adaln(x, x, gate, gate, gate, backend=backend)
         dx, dgate = torch.autograd.grad((x_new + h).sum(), (x, gate))
         assert dx.shape == h.shape == (2, 0, 8) and not dgate.count_nonzero()
+
+
+def test_backward_gives_the_same_bits_twice(device):
+    args = tensors(CASES[1], torch.float32, device, TABLES, branches=("x", "y"))
+    leaves = {name: t if t is None else t.requires_grad_() for name, t in args.items()}
+    present = [t for t in leaves.values() if t is not None]
+    cotangents = [torch.randn_like(leaves["x"]) for _ in range(2)]
+    for backend in kernel_backends(device, "triton", "cpu"):
+        outputs = [dit_ops.gated_residual_adaln(**leaves, backend=backend) for _ in range(2)]
+        first, second = (torch.autograd.grad(out, present, cotangents) for out in outputs)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_op_is_well_registered_and_compiles(device):
@@ -67,7 +86,7 @@ def test_op_is_well_registered_and_compiles(device):
     weight = torch.randn(48, device=device, requires_grad=True)
     op = torch.ops.dit_ops.gated_residual_adaln.default
     compiled = torch.compile(dit_ops.gated_residual_adaln, fullgraph=True, backend="aot_eager")
-    for backend in kernel_backends(device, "cpu"):
+    for backend in kernel_backends(device, "triton", "cpu"):
         opcheck(op, (x, x, rows, rows, rows, weight, weight, False, 1e-6, backend))
         opcheck(op, (x, x, None, None, None, weight, weight, True, 1e-6, backend))
         args = (x, x, rows, rows, rows)

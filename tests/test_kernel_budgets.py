@@ -1,6 +1,7 @@
 """Every kernel, compiled for sm_80, sm_90 and sm_100 without a GPU: no spills, few registers, 128-bit accesses."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,35 +18,65 @@ BF16, FP32 = torch.bfloat16, torch.float32
 REGISTERS = 128  # per thread: 512 threads fit an SM
 
 
-def triton_kernels(C: int):
-    """(name, compiled kernel) of adaln at C channels: bf16 tokens, fp32 modulation per frame and affine weights, as at 480p."""
-    import triton
+# What a launch at 480p passes: 21 latent frames of 1560 tokens; strides of modulation rows [1, 21, C].
+L, S, F = 32760, 1560, 21
 
+
+def adaln(C: int, dtype: torch.dtype) -> Iterator:
     from dit_ops.kernels import adaln
 
-    L, S, BC = 32760, 1560, triton.next_power_of_2(C)
+    BC, rows = adaln.triton.next_power_of_2(C), (F * C, C)
     options = {"RMS": False, "BC": BC, "num_warps": adaln.warps(BC), "grid": (1,)}
-    tables, rows = [FP32] * 4, (21 * C, C)
-    yield "forward", adaln.adaln_fwd_kernel.warmup(BF16, *tables, BF16, FP32, FP32, *rows, *rows, L, C, S, 1e-6, **options)
-    sums = [BF16, FP32, FP32]
-    yield "backward", adaln.adaln_bwd_kernel.warmup(BF16, BF16, *tables, *sums, *rows, L, C, S, 49, BL=32, **options)
+    stats, tables = [FP32] * 2, [FP32] * 4
+    yield adaln.adaln_fwd_kernel.warmup(dtype, *tables, dtype, *stats, *rows, *rows, L, C, S, 1e-6, **options)
+    tables, sums = [FP32] * 2, [FP32] * 2
+    yield adaln.adaln_bwd_kernel.warmup(dtype, dtype, *tables, *stats, dtype, *sums, *rows, L, C, S, 49, BL=32, **options)
+
+
+def gated_residual(C: int, dtype: torch.dtype) -> Iterator:
+    from dit_ops.kernels import gated_residual as op
+
+    rows, NC = (F * C, C), -(-C // op.BC)
+    options = {"BL": op.tile(S), "BC": op.BC, "num_warps": 4, "grid": (1,)}
+    yield op.gated_residual_fwd_kernel.warmup(dtype, dtype, FP32, dtype, *rows, L, C, S, 390, NC, **options)
+    yield op.gated_residual_bwd_kernel.warmup(dtype, dtype, FP32, dtype, FP32, *rows, L, C, S, 25, NC, NT=16, **options)
+
+
+def gated_residual_adaln(C: int, dtype: torch.dtype) -> Iterator:
+    from dit_ops.kernels import gated_residual_adaln as op
+
+    BC, rows = op.triton.next_power_of_2(C), (F * C, C)
+    options = {"RMS": False, "BC": BC, "num_warps": op.warps(BC), "grid": (1,)}
+    x, stats, sums = [dtype] * 2, [FP32] * 2, [FP32] * 3
+    yield op.gated_residual_adaln_fwd_kernel.warmup(*x, *[FP32] * 5, *x, *stats, *rows, *rows, *rows, L, C, S, 1e-6, **options)
+    yield op.gated_residual_adaln_bwd_kernel.warmup(
+        *x, *x, *[FP32] * 3, *stats, *x, *sums, *rows, *rows, L, C, S, 49, BL=32, maxnreg=op.max_registers(BC), **options
+    )
+
+
+def within_budget(kernel) -> None:
+    from tools.offline_triton import report
+
+    used = report(kernel)
+    assert used["stack"] == used["LDL"] == used["STL"] == 0, f"{kernel.name} spills: {used}"
+    assert used["registers"] <= REGISTERS, f"{kernel.name}: {used}"
+    assert used["LDG.E.128"] and used["STG.E.128"], f"{kernel.name} has no 128-bit accesses: {used}"
 
 
 @pytest.mark.skipif(
     bool(lib.MISSING["triton"]) or lib.INTERPRETED, reason=lib.MISSING["triton"] or "the interpreter compiles nothing"
 )
-@pytest.mark.parametrize("C", [1536, 5120, 8192])
+@pytest.mark.parametrize("C, dtype", [(1536, BF16), (5120, BF16), (8192, BF16), (1536, FP32), (3072, FP32)], ids=str)
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_triton_adaln(capability, C):
-    from tools.offline_triton import offline_driver, report
+@pytest.mark.parametrize("kernels", [adaln, gated_residual, gated_residual_adaln], ids=lambda kernels: kernels.__name__)
+def test_triton(kernels, capability, C, dtype):
+    """Tokens in dtype, fp32 modulation per frame and affine weights."""
+    from tools.offline_triton import offline_driver
 
     with offline_driver(capability):
-        for name, kernel in triton_kernels(C):
+        for kernel in kernels(C, dtype):
             assert kernel.metadata.target.arch == capability
-            used = report(kernel)
-            assert used["stack"] == used["LDL"] == used["STL"] == 0, f"{name} spills: {used}"
-            assert used["registers"] <= REGISTERS, f"{name}: {used}"
-            assert used["LDG.E.128"] and used["STG.E.128"], f"{name} has no 128-bit accesses: {used}"
+            within_budget(kernel)
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda")

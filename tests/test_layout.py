@@ -18,7 +18,7 @@ FOLDERS = ("kernels", "backbones", "training", "pipelines", "bench")  # code at 
 # A module imports from its own layer and from those above it in this list, never from one below. Names stand for packages too.
 LAYERS = (
     ("kernels",),
-    ("__init__", "_library", "ops", "testing"),
+    ("__init__", "_library", "ops", "fuse", "testing"),
     ("layout", "masks", "camera", "rope", "cache", "flow", "draws", "files", "rooms", "video", "conditions"),
     ("backbones", "registry"),
     ("pipelines",),

@@ -2,10 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import DTYPES, kernel_backends
 from safetensors.torch import load_file
+from torch.library import opcheck
 
 import dit_ops
 from dit_ops.camera import parse_trajectory, projective_cameras
+from dit_ops.testing import check_backend, run_with_grads
 
 CASES = Path(__file__).parent / "golden/cases.safetensors"
 
@@ -45,6 +48,40 @@ def test_gradients():
     o = torch.randn(1, 4, 1, 8, dtype=torch.float64, requires_grad=True)
     P = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(dit_ops.prope_output, (o, P))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_are_within_rounding(dtype, device):
+    """Two halves of three frames of 7 tokens; heads whose channels are no multiple of a vector."""
+    P = torch.randn(2, 3, 4, 4, device=device)
+    fn = lambda o, backend: dit_ops.prope_output(o, P, halves=2, backend=backend)
+    for backend in kernel_backends(device, "triton", "cpu"):
+        o, dout = torch.randn(2, 2, 42, 3, 12, device=device).to(dtype)
+        check_backend(fn, {"o": o}, [dout], backend)
+        once, again = (run_with_grads(fn, {"o": o}, [dout], backend=backend) for _ in range(2))
+        assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_kernels_read_strided_heads_and_cameras(device):
+    """The ProPE heads of both paths in one tensor; a transposed camera, and one shared by the samples."""
+    both, P = torch.randn(2, 6, 4, 8, device=device, requires_grad=True), torch.randn(2, 3, 4, 4, device=device)
+    for backend in kernel_backends(device, "triton", "cpu"):
+        for view, M in ((slice(2, 4), P), (slice(None, None, 2), P.mT), (slice(0, 2), P[:1].expand(2, 3, 4, 4))):
+            dout = torch.randn(2, 6, 4, 8, device=device)[:, :, :2]
+            got, want = (dit_ops.prope_output(both[:, :, view], M, backend=b) for b in (backend, "reference"))
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(torch.autograd.grad(got, both, dout), torch.autograd.grad(want, both, dout))
+
+
+def test_op_is_well_registered_and_compiles(device):
+    o, P = torch.randn(1, 4, 2, 8, device=device, requires_grad=True), torch.randn(1, 2, 4, 4, device=device)
+    compiled = torch.compile(dit_ops.prope_output, fullgraph=True, backend="aot_eager")
+    for backend in kernel_backends(device, "triton", "cpu"):
+        opcheck(torch.ops.dit_ops.prope_output.default, (o, P, 1, backend))
+        torch.testing.assert_close(compiled(o, P, backend=backend), dit_ops.prope_output(o, P, backend="reference"))
+        assert dit_ops.prope_output(torch.randn(1, 0, 2, 8, device=device), P, backend=backend).shape == (1, 0, 2, 8)
+        with pytest.raises(NotImplementedError, match="the gradient of P is written in the reference only"):
+            dit_ops.prope_output(o, P.clone().requires_grad_(), backend=backend)
 
 
 def test_zero_tokens_and_half_precision():

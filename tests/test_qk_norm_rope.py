@@ -9,7 +9,7 @@ from torch.library import opcheck
 import dit_ops
 from dit_ops.ops.qk_norm_rope import rms_norm_ref
 from dit_ops.rope import Rope3D
-from dit_ops.testing import assert_within_rounding, check_backend
+from dit_ops.testing import assert_within_rounding, check_backend, run_with_grads
 
 CASES = Path(__file__).parent / "golden/cases.safetensors"
 GRID = (3, 2, 2)
@@ -46,6 +46,20 @@ def test_norm_spans_all_channels_or_one_head():
     torch.testing.assert_close(rms_norm_ref(x, weight, 1e-6).flatten(2), per_channel)
     per_head = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight[:16]
     torch.testing.assert_close(rms_norm_ref(x, weight[:16], 1e-6), per_head)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_one_axis_may_have_all_channels(axis):
+    """A stream of tokens with one axis: the other two tables are empty, and the rotation is still there."""
+    table = torch.randn(12, 8, 2)
+    rope = [table if i == axis else table[:, :0] for i in range(3)]
+    grid = tuple(12 if i == axis else 1 for i in range(3))
+    q = torch.randn(2, 12, 2, 16)
+    want = dit_ops.qk_norm_rope(q, q, None, None, tuple(rope), grid, backend="reference")[0]
+    assert not torch.allclose(want, q)
+    for backend in kernel_backends("cpu", "cpu"):
+        got = dit_ops.qk_norm_rope(q, q, None, None, tuple(rope), grid, backend=backend)[0]
+        torch.testing.assert_close(got, want)
 
 
 def test_only_relative_positions_matter():
@@ -90,13 +104,28 @@ def test_low_precision_is_within_rounding_of_fp64(dtype):
 @pytest.mark.parametrize("norm", ["channels", "head", "no norm"])
 def test_kernels_are_within_rounding(norm, dtype, device):
     """150 tokens of two halves: three chunks of partial sums, the last one short, the second across the halves."""
-    tables = Rope3D(16, splits=(8, 4, 4)).tables(7, 5, 3)
+    tables = Rope3D(16, splits=(8, 4, 4)).tables(7, 5, 3, device)
     fn = lambda q, k, q_weight, k_weight, backend: dit_ops.qk_norm_rope(
         q, k, q_weight, k_weight, tables, (5, 5, 3), start_frame=2, halves=2, eps=1e-3, backend=backend
     )
-    for backend in kernel_backends(device, "cpu"):
-        args = head_case(norm, dtype, "qk", 2, 150, 3, 16)
-        check_backend(fn, args, [torch.randn(2, 150, 3, 16).to(dtype) for _ in range(2)], backend)
+    for backend in kernel_backends(device, "triton", "cpu"):
+        args = head_case(norm, dtype, "qk", 2, 150, 3, 16, device)
+        check_backend(fn, args, [torch.randn(2, 150, 3, 16, device=device).to(dtype) for _ in range(2)], backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N, D", [(12, 128), (16, 64), (24, 128), (40, 128)])
+def test_head_counts_of_real_models(N, D, device):
+    rope = Rope3D(D).tables(3, 9, 11, device)
+    fn = lambda q, k, q_weight, k_weight, backend: dit_ops.qk_norm_rope(
+        q, k, q_weight, k_weight, rope, (3, 9, 11), backend=backend
+    )
+    for norm in ("channels", "head"):
+        args = head_case(norm, torch.bfloat16, "qk", 2, 297, N, D, device)
+        cotangents = [torch.randn(2, 297, N, D, device=device).bfloat16() for _ in "qk"]
+        check_backend(fn, args, cotangents, "triton")
+        once, again = (run_with_grads(fn, args, cotangents, backend="triton") for _ in range(2))
+        assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_kernels_read_strided_heads(device):
@@ -108,22 +137,24 @@ def test_kernels_read_strided_heads(device):
         "heads first": (heads_first, lambda t: (t.transpose(1, 2), t.transpose(1, 2))),
     }
     weights = torch.ones(32, device=device), torch.ones(16, device=device)
+    rope = Rope3D(16, splits=(8, 4, 4)).tables(*GRID, device)
     for name, (leaf, view) in leaves.items():
         runs = []
-        for backend in (*kernel_backends(device, "cpu"), "reference"):
+        for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
             x = leaf.clone().requires_grad_()
-            out = dit_ops.qk_norm_rope(*view(x), *weights, ROPE, GRID, backend=backend)
+            out = dit_ops.qk_norm_rope(*view(x), *weights, rope, GRID, backend=backend)
             runs.append((*out, *torch.autograd.grad(out[0].sin().sum() + out[1].cos().sum(), x)))
         for other in runs[:-1]:
             torch.testing.assert_close(other, runs[-1], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_op_is_well_registered(device):
-    q, k = (t.requires_grad_() for t in heads(1, 12, 2, 16, dtype=torch.float32))
-    weight = torch.randn(32, requires_grad=True)
-    for backend in kernel_backends(device, "cpu"):
+    q, k = (t.to(device).requires_grad_() for t in heads(1, 12, 2, 16, dtype=torch.float32))
+    weight = torch.randn(32, device=device, requires_grad=True)
+    rope = Rope3D(16, splits=(8, 4, 4)).tables(*GRID, device)
+    for backend in kernel_backends(device, "triton", "cpu"):
         for w in (weight, None):
-            opcheck(torch.ops.dit_ops.qk_norm_rope.default, (q, k, w, w, *ROPE, *GRID, 1e-6, 0, backend))
+            opcheck(torch.ops.dit_ops.qk_norm_rope.default, (q, k, w, w, *rope, *GRID, 1e-6, 0, backend))
 
 
 def test_gradients_of_the_tables_run_on_the_reference():

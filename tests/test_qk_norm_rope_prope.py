@@ -9,7 +9,7 @@ from torch.library import opcheck
 import dit_ops
 from dit_ops.camera import parse_trajectory, projective_cameras
 from dit_ops.rope import Rope3D
-from dit_ops.testing import assert_within_rounding, check_backend
+from dit_ops.testing import assert_within_rounding, check_backend, run_with_grads
 
 CASES = Path(__file__).parent / "golden/cases.safetensors"
 GRID = (3, 2, 1)
@@ -125,37 +125,78 @@ def test_reference_gradients():
 @pytest.mark.parametrize("norm", ["channels", "head", "no norm"])
 def test_kernels_are_within_rounding(norm, dtype, device):
     """150 tokens of two halves, and cameras that differ by sample and frame."""
-    tables = Rope3D(16, splits=(8, 4, 4)).tables(7, 5, 3)
-    P, P_inv = (M.float() for M in cameras(2, 5))
+    tables = Rope3D(16, splits=(8, 4, 4)).tables(7, 5, 3, device)
+    P, P_inv = (M.float().to(device) for M in cameras(2, 5))
     fn = lambda q, k, v, q_weight, k_weight, backend: dit_ops.qk_norm_rope_prope(
         q, k, v, q_weight, k_weight, tables, (5, 5, 3), P, P_inv, start_frame=2, halves=2, eps=1e-3, backend=backend
     )
-    for backend in kernel_backends(device, "cpu"):
-        args = head_case(norm, dtype, "qkv", 2, 150, 3, 16)
-        check_backend(fn, args, [torch.randn(2, 150, 6, 16).to(dtype) for _ in range(3)], backend)
+    for backend in kernel_backends(device, "triton", "cpu"):
+        args = head_case(norm, dtype, "qkv", 2, 150, 3, 16, device)
+        check_backend(fn, args, [torch.randn(2, 150, 6, 16, device=device).to(dtype) for _ in range(3)], backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N, D", [(12, 128), (16, 64), (24, 128), (40, 128)])
+def test_head_counts_of_real_models(N, D, device):
+    rope = Rope3D(D).tables(3, 9, 11, device)
+    P, P_inv = (M.float().to(device) for M in cameras(2, 3))
+    fn = lambda q, k, v, q_weight, k_weight, backend: dit_ops.qk_norm_rope_prope(
+        q, k, v, q_weight, k_weight, rope, (3, 9, 11), P, P_inv, backend=backend
+    )
+    for norm in ("channels", "head"):
+        args = head_case(norm, torch.bfloat16, "qkv", 2, 297, N, D, device)
+        cotangents = [torch.randn(2, 297, 2 * N, D, device=device).bfloat16() for _ in "qkv"]
+        check_backend(fn, args, cotangents, "triton")
+        once, again = (run_with_grads(fn, args, cotangents, backend="triton") for _ in range(2))
+        assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_zero_frames(device):
-    empty = torch.eye(4).expand(2, 1, 4, 4)[:, :0]
-    for backend in (*kernel_backends(device, "cpu"), "reference"):
-        q, weight = torch.randn(2, 0, 2, 16, requires_grad=True), torch.ones(32, requires_grad=True)
+    empty = torch.eye(4, device=device).expand(2, 1, 4, 4)[:, :0]
+    rope = Rope3D(16, splits=(8, 4, 4)).tables(*GRID, device)
+    for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
+        q, weight = (
+            torch.randn(2, 0, 2, 16, device=device, requires_grad=True),
+            torch.ones(32, device=device, requires_grad=True),
+        )
         with pytest.raises(ValueError, match=r"P must be \[B, F, 4, 4\]"):
-            dit_ops.qk_norm_rope_prope(q, q, q, weight, None, ROPE, (0, 2, 1), empty, empty, backend=backend)
-        eye = torch.eye(4).expand(2, 3, 4, 4)
-        out = dit_ops.qk_norm_rope_prope(q, q, q, weight, None, ROPE, (3, 0, 1), eye, eye, backend=backend)
+            dit_ops.qk_norm_rope_prope(q, q, q, weight, None, rope, (0, 2, 1), empty, empty, backend=backend)
+        eye = torch.eye(4, device=device).expand(2, 3, 4, 4)
+        out = dit_ops.qk_norm_rope_prope(q, q, q, weight, None, rope, (3, 0, 1), eye, eye, backend=backend)
         dq, dweight = torch.autograd.grad(sum(t.sum() for t in out), (q, weight))
         assert dq.shape == q.shape and not dweight.count_nonzero()
 
 
+def test_keys_and_values_go_into_slots_of_a_cache(device):
+    q, k, v, weight, _ = (t.to(device) for t in inputs(torch.float32))
+    rope = Rope3D(16, splits=(8, 4, 4)).tables(*GRID, device)
+    args = (q, k, v, weight, weight, rope, GRID, *(M.float().to(device) for M in cameras()))
+    for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
+        want = dit_ops.qk_norm_rope_prope(*args, backend=backend)
+        k_cache, v_cache = torch.full((2, 2, 9, 4, 16), 7.0, device=device)
+        slots = {"k_out": k_cache[:, 2:8], "v_out": v_cache[:, 2:8]}
+        got = dit_ops.qk_norm_rope_prope(*args, **slots, backend=backend)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+        for cache, w in ((k_cache, want[1]), (v_cache, want[2])):
+            assert torch.equal(cache[:, 2:8], w) and (cache[:, :2] == 7).all() and (cache[:, 8:] == 7).all()
+    with pytest.raises(ValueError, match="k_out and v_out come together, got only v_out"):
+        dit_ops.qk_norm_rope_prope(*args, v_out=slots["v_out"])
+    with pytest.raises(ValueError, match=r"k_out must be \[B, L, 2N, D\] = \[2, 6, 4, 16\], got \[2, 9, 4, 16\]"):
+        dit_ops.qk_norm_rope_prope(*args, k_out=k_cache, v_out=slots["v_out"])
+    with pytest.raises(ValueError, match="written without gradient, got a tensor that requires it"):
+        dit_ops.qk_norm_rope_prope(q.requires_grad_(), *args[1:], **slots)
+
+
 def test_op_is_well_registered_and_compiles(device):
-    q, k, v, weight, head_weight = (t.requires_grad_() for t in inputs(torch.float32))
-    eye = torch.eye(4).repeat(2, 3, 1, 1)
+    q, k, v, weight, head_weight = (t.to(device).requires_grad_() for t in inputs(torch.float32))
+    eye = torch.eye(4, device=device).repeat(2, 3, 1, 1)
+    rope = Rope3D(16, splits=(8, 4, 4)).tables(*GRID, device)
     compiled = torch.compile(dit_ops.qk_norm_rope_prope, fullgraph=True, backend="aot_eager")
-    for backend in kernel_backends(device, "cpu"):
+    for backend in kernel_backends(device, "triton", "cpu"):
         op = torch.ops.dit_ops.qk_norm_rope_prope.default
-        opcheck(op, (q, k, v, weight, head_weight, *ROPE, eye, eye, *GRID, 1e-6, 0, backend))
-        opcheck(op, (q, k, v, None, None, *ROPE, eye, eye, *GRID, 1e-6, 0, backend))
-        args = (q, k, v, weight, weight, ROPE, GRID, eye, eye)
+        opcheck(op, (q, k, v, weight, head_weight, *rope, eye, eye, *GRID, 1e-6, 0, backend))
+        opcheck(op, (q, k, v, None, None, *rope, eye, eye, *GRID, 1e-6, 0, backend))
+        args = (q, k, v, weight, weight, rope, GRID, eye, eye)
         torch.testing.assert_close(compiled(*args, backend=backend), dit_ops.qk_norm_rope_prope(*args, backend="reference"))
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import dit_ops
+from dit_ops.testing import check_backend
 
 SHAPE = (2, 3, 4, 2, 2)  # B, F, Cz, h, w
 SIGMAS = {"float": (0.75, 0.5), "per sample": ((2,), (2,)), "per frame": ((2, 3), (2, 3)), "mixed": (0.75, (2, 3))}
@@ -75,3 +76,43 @@ def test_errors_name_argument_expected_and_got():
         dit_ops.renoise(x, x, x, 0.5, torch.rand(3))
     with pytest.raises(ValueError, match="flow_to_x0: x must be a floating point tensor"):
         dit_ops.flow_to_x0(x.int(), x, 0.5)
+
+
+def test_steps_compile_without_graph_break():
+    x, y, s = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4), torch.rand(2, 3)
+    step = lambda x: dit_ops.cfg_euler_step(dit_ops.renoise(x, y, y, s, 0.25), x, y, 3.0, 0.5, s).sum()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), step(x))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(step(x), x))
+
+
+KERNELS = {
+    "add_noise": lambda x, y, z, s, **k: dit_ops.add_noise(x, y, s, **k),
+    "flow_to_x0": lambda x, y, z, s, **k: dit_ops.flow_to_x0(x, y, s, **k),
+    "renoise": lambda x, y, z, s, **k: dit_ops.renoise(x, y, z, s, 0.25, **k),
+    "cfg_euler_step": lambda x, y, z, s, **k: dit_ops.cfg_euler_step(x, y, z, 3.0, s, 0.25, **k),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", KERNELS)
+def test_kernels_on_the_gpu(step):
+    """Within rounding with gradients, the same bits twice, one launch, graph capture and a whole compiled graph."""
+    names = "xys" if step in ("add_noise", "flow_to_x0") else "xyzs"
+    tensors = {n: torch.randn(2, 3, 1000, device="cuda").bfloat16() for n in names if n != "s"}
+    fn = lambda backend, z=None, **t: KERNELS[step](z=z, **t, backend=backend)
+    levels = torch.rand(2, 3, device="cuda")
+    check_backend(fn, tensors | {"s": levels}, [torch.randn(2, 3, 1000, device="cuda").bfloat16()], "triton")
+    call = lambda: fn("triton", s=levels, **tensors)
+    want = call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        assert torch.equal(call(), want)
+        torch.cuda.synchronize()
+    launched = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    assert len([name for name in launched if "sampler_step" in name]) == len(launched) == 1, launched
+    assert torch.equal(torch.compile(call, fullgraph=True)(), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    graph.replay()
+    assert torch.equal(out, want)

@@ -19,10 +19,51 @@ def ema_update_(shadow: list[Tensor], params: list[Tensor], decay: float, *, bac
             raise ValueError(f"{op}: shadow[{i}] must be shaped as params[{i}] = {list(p.shape)}, got {list(s.shape)}")
         if s.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{op}: shadow[{i}] must be fp32 (a bf16 shadow loses every small update), got {s.dtype}")
-    lib.choose(op, backend, {}, *shadow[:1])
+    backend = lib.choose(op, backend, REFUSES, shadow, params)
+    if backend == "reference":
+        ema_update_ref(shadow, params, decay)
+    elif shadow:
+        _ema_update(shadow, params, decay, backend)
+
+
+def ema_update_ref(shadow: list[Tensor], params: list[Tensor], decay: float) -> None:
     same = [(s, p) for s, p in zip(shadow, params, strict=True) if s.dtype == p.dtype]
     if same:
         torch._foreach_lerp_([s for s, _ in same], [p for _, p in same], 1 - decay)
     for s, p in zip(shadow, params, strict=True):
         if s.dtype != p.dtype:
             s.lerp_(p.to(s.dtype), 1 - decay)
+
+
+def _triton_refuses(shadow: list[Tensor], params: list[Tensor]) -> str | None:
+    """The kernel reads addresses: every tensor is a plain, contiguous one on one device."""
+    if not shadow:
+        return lib.MISSING["triton"]
+    for i, t in enumerate((*shadow, *params)):
+        name = f"shadow[{i}]" if i < len(shadow) else f"params[{i - len(shadow)}]"
+        refused = lib.refuses("triton", t)
+        if refused:
+            return f"{name}: {refused}"
+        if type(t) not in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+            return f"{name} is a {type(t).__name__}"
+        if not t.is_contiguous():
+            return f"{name} is not contiguous"
+        if t.device != shadow[0].device:
+            return f"{name} is on {t.device}, shadow[0] on {shadow[0].device}"
+    return None
+
+
+REFUSES = {"triton": _triton_refuses}
+
+
+def _update(shadow, params, decay, backend):
+    lib.kernel(backend, "ema_update", "ema_update")(shadow, params, decay)
+
+
+def _update_fake(shadow, params, decay, backend):
+    return None
+
+
+_ema_update = lib.define(
+    "ema_update_(Tensor(a!)[] shadow, Tensor[] params, float decay, str backend) -> ()", _update, _update_fake
+)

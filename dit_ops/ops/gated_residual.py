@@ -23,20 +23,25 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None, *, backend:
 
 def gated_residual_ref(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """gate: [B, F, C] or None."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
     if gate is None:
-        return (x.to(dtype) + y.to(dtype)).to(x.dtype)
+        return (x + y).to(x.dtype)  # PyTorch adds in fp32 and rounds once
+    dtype = torch.promote_types(x.dtype, torch.float32)
     x_rows, rows = split_rows(x.to(dtype), gate, gate.to(dtype))
     return torch.addcmul(x_rows, y.to(dtype).view(x_rows.shape), rows).flatten(1, 2).to(x.dtype)
 
 
+NO_GATE = "gate is None: one addition needs no kernel"
+
+
+def _triton_refuses(x: Tensor, y: Tensor, gate: Tensor | None) -> str | None:
+    return NO_GATE if gate is None else lib.refuses("triton", x) or lib.refuses("triton", y)
+
+
 def _cpu_refuses(x: Tensor, y: Tensor, gate: Tensor | None) -> str | None:
-    if gate is None:
-        return "gate is None: one addition needs no kernel"
-    return cpu_refuses(x, y)
+    return NO_GATE if gate is None else cpu_refuses(x, y)
 
 
-REFUSES = {"cpu": _cpu_refuses}
+REFUSES = {"triton": _triton_refuses, "cpu": _cpu_refuses}
 
 
 def _fwd(x, y, gate, backend):

@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from dit_ops import _library as lib
-from dit_ops.ops.adaln import adaln_ref, check_norm, check_rows, cpu_refuses, kernel_tables, rows_refuse, table_gradients
+from dit_ops.ops.adaln import (
+    adaln_ref,
+    check_norm,
+    check_rows,
+    cpu_refuses,
+    gpu_refuses,
+    kernel_tables,
+    rows_refuse,
+    table_gradients,
+)
 from dit_ops.ops.gated_residual import gated_residual_ref
 
 
@@ -54,11 +63,15 @@ def gated_residual_adaln_ref(
     return x_new, adaln_ref(x_new, scale, shift, norm, weight, bias, eps)
 
 
+def _triton_refuses(x: Tensor, y: Tensor, *rows: Tensor | None) -> str | None:
+    return gpu_refuses("triton", x, *rows) or lib.refuses("triton", y)
+
+
 def _cpu_refuses(x: Tensor, y: Tensor, *rows: Tensor | None) -> str | None:
     return cpu_refuses(x, y) or rows_refuse(*rows)
 
 
-REFUSES = {"cpu": _cpu_refuses}
+REFUSES = {"triton": _triton_refuses, "cpu": _cpu_refuses}
 
 
 def _fwd(x, y, gate, scale, shift, weight, bias, rms, eps, backend):
@@ -83,7 +96,7 @@ def _bwd(dx_new, dh, x_new, y, gate, scale, weight, mean, rstd, F, rms, backend)
 
 def _bwd_fake(dx_new, dh, x_new, y, gate, scale, weight, mean, rstd, F, rms, backend):
     sums = x_new.new_empty(x_new.shape[0], F, x_new.shape[2], dtype=torch.float32)
-    dy, dgate = (x_new.new_empty(0), sums.new_empty(0)) if gate is None else (torch.empty_like(x_new), torch.empty_like(sums))
+    dy, dgate = (x_new.new_empty(0), sums.new_empty(0)) if gate is None else (torch.empty_like(y), torch.empty_like(sums))
     return torch.empty_like(x_new), dy, dgate, sums, torch.empty_like(sums)
 
 

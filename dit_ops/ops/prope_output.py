@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dit_ops import _library as lib
+from dit_ops.ops.adaln import cpu_refuses
 
 
 def prope_output(o: Tensor, P: Tensor, *, halves: int = 1, backend: str | None = None) -> Tensor:
@@ -13,8 +14,11 @@ def prope_output(o: Tensor, P: Tensor, *, halves: int = 1, backend: str | None =
     """
     lib.check_tensor("prope_output", "o", o, "B, L, N, D")
     check_cameras("prope_output", {"P": P}, o, halves)
-    lib.choose("prope_output", backend, {}, o)
-    return project_ref(o, P, halves).to(o.dtype)
+    backend = lib.choose("prope_output", backend, REFUSES, o, P)
+    if backend == "reference":
+        return project_ref(o, P, halves).to(o.dtype)
+    M = P.float().contiguous() if backend == "cpu" else P.float()
+    return _prope_output(channels_together(o), M, halves, backend)
 
 
 def project_ref(x: Tensor, M: Tensor, halves: int) -> Tensor:
@@ -37,3 +41,52 @@ def check_cameras(op: str, cameras: dict[str, Tensor], x: Tensor, halves: int) -
         if M.ndim != 4 or M.shape[0] != B or M.shape[2:] != (4, 4) or M.shape[1] < 1 or L % (halves * M.shape[1]):
             expected = f"[B, F, 4, 4] with B = {B} and halves * F dividing L = {L}, halves = {halves}"
             raise ValueError(f"{op}: {name} must be {expected}, got {list(M.shape)}")
+
+
+def channels_together(o: Tensor) -> Tensor:
+    """As the kernels read it: the channels of a token side by side, tokens at any stride."""
+    return o if o.stride(-1) == 1 and o.stride(-2) == o.shape[-1] else o.contiguous()
+
+
+def camera_gradient(P: Tensor) -> str | None:
+    if torch.is_grad_enabled() and P.requires_grad:
+        return "the gradient of P is written in the reference only"
+    return None
+
+
+def _triton_refuses(o: Tensor, P: Tensor) -> str | None:
+    return lib.refuses("triton", o) or camera_gradient(P)
+
+
+def _cpu_refuses(o: Tensor, P: Tensor) -> str | None:
+    return cpu_refuses(o) or camera_gradient(P)
+
+
+REFUSES = {"triton": _triton_refuses, "cpu": _cpu_refuses}
+
+
+def _fwd(o, P, halves, backend):
+    if o.numel() == 0:
+        return _fwd_fake(o, P, halves, backend)
+    return lib.kernel(backend, "prope_output", "prope_output_fwd")(o, P, halves)
+
+
+def _fwd_fake(o, P, halves, backend):
+    return o.new_empty(o.shape)
+
+
+_prope_output = lib.define("prope_output(Tensor o, Tensor P, SymInt halves, str backend) -> Tensor", _fwd, _fwd_fake)
+
+
+def _setup_context(ctx, inputs, output):
+    _, P, ctx.halves, ctx.backend = inputs
+    ctx.save_for_backward(P)
+
+
+def _backward(ctx, dout):
+    (P,) = ctx.saved_tensors
+    M = P.mT.contiguous() if ctx.backend == "cpu" else P.mT
+    return _prope_output(channels_together(dout), M, ctx.halves, ctx.backend), None, None, None
+
+
+lib.define_backward("prope_output", _backward, _setup_context)

@@ -36,8 +36,9 @@ def qk_norm_rope(
     backend = lib.choose(op, backend, REFUSES, q, k, *rope)
     if backend == "reference":
         return qk_norm_rope_ref(q, k, q_weight, k_weight, rope, grid, eps, start_frame, halves)
-    tables = kernel_tables(backend, q, q_weight, k_weight, *rope)
-    q_out, k_out, _, _ = _qk_norm_rope(kernel_heads(q), kernel_heads(k), *tables, *grid, eps, start_frame, backend)
+    tables = kernel_tables(backend, q, q_weight, k_weight, *(t.contiguous() for t in rope))
+    heads = (kernel_heads(backend, t) for t in (q, k))
+    q_out, k_out, _, _ = _qk_norm_rope(*heads, *tables, *grid, eps, start_frame, backend)
     return q_out, k_out
 
 
@@ -121,9 +122,23 @@ def check_heads(
             raise ValueError(f"{op}: rope's {axis} table must have at least {positions} positions, got {table.shape[0]}")
 
 
-def kernel_heads(x: Tensor) -> Tensor:
-    """As the kernels read it: the channels of a token side by side, tokens at any stride."""
-    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+def kernel_heads(backend: str, x: Tensor) -> Tensor:
+    """As the kernels read it: unit stride inside a head, tokens at any stride; for cpu the heads of a token side by side."""
+    in_place = x.stride(-1) == 1 and (backend != "cpu" or x.stride(-2) == x.shape[-1])
+    return x if in_place else x.contiguous()
+
+
+def heads_refuse(*tensors: Tensor) -> str | None:
+    """What the Triton kernels of queries, keys and values cannot take."""
+    N, D = tensors[0].shape[-2:]
+    width = (1 << (N - 1).bit_length()) * (1 << (D - 1).bit_length())
+    if width > 8192:
+        return f"N = {N}, D = {D}: a token, both rounded up to powers of two, must fit in registers, at most 8192 values"
+    return next(filter(None, (lib.refuses("triton", t) for t in tensors)), None)
+
+
+def _triton_refuses(q: Tensor, k: Tensor, *rope: Tensor) -> str | None:
+    return heads_refuse(q, k) or needs_gradient(*rope)
 
 
 def _cpu_refuses(q: Tensor, k: Tensor, *rope: Tensor) -> str | None:
@@ -136,7 +151,7 @@ def needs_gradient(*constants: Tensor) -> str | None:
     return None
 
 
-REFUSES = {"cpu": _cpu_refuses}
+REFUSES = {"triton": _triton_refuses, "cpu": _cpu_refuses}
 
 
 def _fwd(q, k, q_weight, k_weight, rope_t, rope_h, rope_w, F, H, W, eps, start_frame, backend):

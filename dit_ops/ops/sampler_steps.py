@@ -14,23 +14,18 @@ Sigma = float | Tensor
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Sigma, *, backend: str | None = None) -> Tensor:
     """(1 - sigma) x0 + sigma noise"""
-    s = _prepare("add_noise", x0, {"noise": noise}, {"sigma": sigma}, backend)[0]
-    x = _wide(x0)
-    return torch.lerp(x, noise.to(x.dtype), s).to(x0.dtype)
+    return _step("add_noise", {"x0": x0, "noise": noise}, {"sigma": sigma}, 1.0, backend)
 
 
 def flow_to_x0(x: Tensor, flow: Tensor, sigma: Sigma, *, backend: str | None = None) -> Tensor:
     """x - sigma flow"""
-    s = _prepare("flow_to_x0", x, {"flow": flow}, {"sigma": sigma}, backend)[0]
-    return _x0(_wide(x), flow, s).to(x.dtype)
+    return _step("flow_to_x0", {"x": x, "flow": flow}, {"sigma": sigma}, 1.0, backend)
 
 
 def renoise(x: Tensor, flow: Tensor, noise: Tensor, sigma: Sigma, sigma_next: Sigma, *, backend: str | None = None) -> Tensor:
     """(1 - sigma_next) (x - sigma flow) + sigma_next noise"""
     sigmas = {"sigma": sigma, "sigma_next": sigma_next}
-    s, s_next = _prepare("renoise", x, {"flow": flow, "noise": noise}, sigmas, backend)
-    x0 = _x0(_wide(x), flow, s)
-    return torch.lerp(x0, noise.to(x0.dtype), s_next).to(x.dtype)
+    return _step("renoise", {"x": x, "flow": flow, "noise": noise}, sigmas, 1.0, backend)
 
 
 def cfg_euler_step(
@@ -44,37 +39,142 @@ def cfg_euler_step(
     backend: str | None = None,
 ) -> Tensor:
     """x + (sigma_next - sigma) v, with v = uncond + guidance (cond - uncond), or v = cond where uncond is None"""
-    others = {"cond": cond} if uncond is None else {"cond": cond, "uncond": uncond}
-    s, s_next = _prepare("cfg_euler_step", x, others, {"sigma": sigma, "sigma_next": sigma_next}, backend)
-    v = _wide(cond)
-    if uncond is not None:
-        v = uncond.to(v.dtype) + guidance * (v - uncond.to(v.dtype))
-    return (_wide(x) + (s_next - s) * v).to(x.dtype)
+    tensors = {"x": x, "cond": cond} if uncond is None else {"x": x, "cond": cond, "uncond": uncond}
+    guidance = 1.0 if uncond is None else float(guidance)
+    return _step("cfg_euler_step", tensors, {"sigma": sigma, "sigma_next": sigma_next}, guidance, backend)
 
 
-def _x0(x: Tensor, flow: Tensor, s: Sigma) -> Tensor:
-    return x - s * flow.to(x.dtype)
+def sampler_step_ref(step: str, x: Tensor, y: Tensor, z: Tensor | None, s: Sigma, t: Sigma, guidance: float) -> Tensor:
+    """x, y, z: the tensors of `step` in their order; s, t: sigma and sigma_next, which spread over them."""
+    dtype = x.dtype
+    x = x.to(torch.promote_types((y if step == "cfg_euler_step" else x).dtype, torch.promote_types(dtype, torch.float32)))
+    if step == "add_noise":
+        return torch.lerp(x, y.to(x.dtype), s).to(dtype)
+    if step == "cfg_euler_step":
+        v = y.to(x.dtype)
+        if z is not None:
+            v = z.to(v.dtype) + guidance * (v - z.to(v.dtype))
+        return (x + (t - s) * v).to(dtype)
+    x0 = x - s * y.to(x.dtype)
+    if step == "renoise":
+        assert z is not None
+        x0 = torch.lerp(x0, z.to(x0.dtype), t)
+    return x0.to(dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _prepare(op: str, x: Tensor, others: dict[str, Tensor], sigmas: dict[str, Sigma], backend: str | None) -> tuple[Sigma, ...]:
-    """Checks the arguments and gives every sigma tensor the trailing axes of x."""
-    first = {"add_noise": "x0"}.get(op, "x")
+def _step(op: str, tensors: dict[str, Tensor], sigmas: dict[str, Sigma], guidance: float, backend: str | None) -> Tensor:
+    (first, x), *others = tensors.items()
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"{op}: {first} must be a floating point tensor [B, ...], got {x.dtype} {list(x.shape)}")
-    for name, t in others.items():
-        lib.check_shape(op, name, t, f"as {first}", tuple(x.shape))
-    lib.choose(op, backend, {}, x)
-    return tuple(_spread(op, name, sigma, x) for name, sigma in sigmas.items())
+    for name, tensor in others:
+        lib.check_shape(op, name, tensor, f"as {first}", tuple(x.shape))
+    backend = lib.choose(op, backend, REFUSES, *tensors.values())
+    s, t = [_table(op, name, sigma, x) for name, sigma in sigmas.items()] + [0.0] * (2 - len(sigmas))
+    y, z = others[0][1], others[1][1] if len(others) > 1 else None
+    if backend == "reference":
+        return sampler_step_ref(op, x, y, z, _spread(s, x), _spread(t, x), guidance)
+    if op == "cfg_euler_step" and not isinstance(s, Tensor) and not isinstance(t, Tensor):
+        s, t = 0.0, t - s  # the difference of two numbers is rounded once
+    tables = [sigma.contiguous() if isinstance(sigma, Tensor) else None for sigma in (s, t)]
+    values = [0.0 if isinstance(sigma, Tensor) else sigma for sigma in (s, t)]
+    branches = [None if tensor is None else tensor.contiguous() for tensor in (x, y, z)]
+    return _sampler_step(op, *branches, *tables, *values, guidance, backend)
 
 
-def _spread(op: str, name: str, sigma: Sigma, x: Tensor) -> Sigma:
+def _table(op: str, name: str, sigma: Sigma, x: Tensor) -> Sigma:
     if not isinstance(sigma, Tensor):
         return float(sigma)
     if sigma.ndim > min(2, x.ndim) or sigma.shape != x.shape[: sigma.ndim]:
         raise ValueError(f"{op}: {name} must be a float, [B] or [B, F] of {list(x.shape)}, got {list(sigma.shape)}")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return sigma.to(x.device, wide).view(sigma.shape + (1,) * (x.ndim - sigma.ndim))
+    return sigma.to(x.device, torch.promote_types(x.dtype, torch.float32))
+
+
+def _spread(sigma: Sigma, x: Tensor) -> Sigma:
+    """A table with the trailing axes of x."""
+    return sigma.view(sigma.shape + (1,) * (x.ndim - sigma.ndim)) if isinstance(sigma, Tensor) else sigma
+
+
+def _triton_refuses(*tensors: Tensor) -> str | None:
+    return next((refused for refused in (lib.refuses("triton", t) for t in tensors) if refused), None)
+
+
+REFUSES = {"triton": _triton_refuses}
+
+
+def _fwd(step, x, y, z, sigma, sigma_next, s, t, guidance, backend):
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    return lib.kernel(backend, "sampler_steps", "sampler_step_fwd")(step, x, y, z, sigma, sigma_next, s, t, guidance)
+
+
+def _fwd_fake(step, x, y, z, sigma, sigma_next, s, t, guidance, backend):
+    return torch.empty_like(x)
+
+
+def _bwd(step, of, dout, sigma, sigma_next, s, t, guidance, dtype, backend):
+    if dout.numel() == 0:
+        return torch.empty_like(dout, dtype=dtype)
+    return lib.kernel(backend, "sampler_steps", "sampler_step_bwd")(step, of, dout, sigma, sigma_next, s, t, guidance, dtype)
+
+
+def _bwd_fake(step, of, dout, sigma, sigma_next, s, t, guidance, dtype, backend):
+    return torch.empty_like(dout, dtype=dtype)
+
+
+_sampler_step = lib.define(
+    "sampler_step(str step, Tensor x, Tensor y, Tensor? z, Tensor? sigma, Tensor? sigma_next, float s, float t, float guidance,"
+    " str backend) -> Tensor",
+    _fwd,
+    _fwd_fake,
+)
+_sampler_step_bwd = lib.define(
+    "sampler_step_bwd(str step, str of, Tensor dout, Tensor? sigma, Tensor? sigma_next, float s, float t, float guidance,"
+    " ScalarType dtype, str backend) -> Tensor",
+    _bwd,
+    _bwd_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.step, x, y, z, sigma, sigma_next, *ctx.numbers, ctx.backend = inputs
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, y, z)]
+    of_sigma = any(ctx.needs_input_grad[4:6])  # only then are the values needed
+    ctx.save_for_backward(sigma, sigma_next, *((x, y, z) if of_sigma else ()))
+
+
+def _backward(ctx, dout):
+    sigma, sigma_next, *branches = ctx.saved_tensors
+    dout = dout.contiguous()
+    grads: list[Tensor | None] = [None] * 3
+    for i, of in enumerate("xyz"):
+        if ctx.needs_input_grad[1 + i]:
+            if of == "x" and ctx.step in ("flow_to_x0", "cfg_euler_step"):
+                grads[i] = dout
+            else:
+                tables = (sigma, sigma_next)
+                grads[i] = _sampler_step_bwd(ctx.step, of, dout, *tables, *ctx.numbers, ctx.dtypes[i], ctx.backend)
+    dsigma = _sigma_gradients(ctx, dout, sigma, sigma_next, *branches) if branches else [None, None]
+    return None, *grads, *dsigma, None, None, None, None
+
+
+def _sigma_gradients(ctx, dout, sigma, sigma_next, x, y, z) -> list[Tensor | None]:
+    """Sums of dout times the derivative over a row of the table; plain PyTorch: no model learns its noise levels."""
+    s_value, t_value, guidance = ctx.numbers
+    s, t = (_spread(v if k is None else k, x) for k, v in ((sigma, s_value), (sigma_next, t_value)))
+    x, y, z = (None if b is None else b.float() for b in (x, y, z))
+    if ctx.step == "add_noise":
+        of_s, of_t = y - x, None
+    elif ctx.step == "flow_to_x0":
+        of_s, of_t = -y, None
+    elif ctx.step == "renoise":
+        of_s, of_t = (t - 1) * y, z - (x - s * y)
+    else:
+        of_t = y if z is None else z + guidance * (y - z)
+        of_s = -of_t
+    pairs = zip((sigma, sigma_next), (of_s, of_t), ctx.needs_input_grad[4:6], strict=True)
+    return [
+        (dout.float() * d)[..., None].flatten(k.ndim).sum(-1) if needed and k is not None else None for k, d, needed in pairs
+    ]
+
+
+lib.define_backward("sampler_step", _backward, _setup_context)

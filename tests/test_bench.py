@@ -1,0 +1,149 @@
+"""The record that a benchmark writes, the turns it takes, and the page made from it."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_ops.bench import measure, runs
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from tools import performance_table as table  # noqa: E402
+
+KEY = {"op": "adaln", "shape": "small", "dtype": "float32", "pass": "forward"}
+
+
+def arguments(output: Path) -> Namespace:
+    return Namespace(device="cpu", repeats=4, output=str(output), backends=["triton", "reference"])
+
+
+def test_backends_take_turns():
+    order = []
+    times = measure.interleaved({name: lambda name=name: order.append(name) for name in "ABC"}, "cpu", 4)
+    assert "".join(order) == "ABCCBA" * 2
+    assert all(len(t) == 4 and t == sorted(t) for t in times.values())
+
+
+def test_record_has_every_figure_and_says_where_it_was_measured(monkeypatch):
+    monkeypatch.setattr(measure, "copy_rate", lambda device: 10.0)
+    row = measure.row({**KEY, "backend": "cpu"}, "cpu", 40_000, [4.0, 8.0, 10.0, 12.0, 20.0])
+    assert (row["us"], row["iqr_us"], row["min_us"], row["GB/s"], row["of_copy"]) == (10.0, 4.0, 4.0, 4.0, 0.4)
+    assert {"device", "torch", "triton", "date", "copy_GB/s", *KEY, "backend"} <= set(row)
+    in_graph = measure.row({**KEY, "backend": "cpu"}, "cpu", 40_000, [200.0], calls=20)
+    assert in_graph["us"] == 10.0 and in_graph["of_copy"] == 0.4
+
+
+def test_both_passes_are_recorded_and_refusals_and_missing_peers_give_reasons(monkeypatch, tmp_path, capsys):
+    import dit_ops
+
+    monkeypatch.setattr(measure, "copy_rate", lambda device: 10.0)
+    x = torch.randn(1, 4, 8).double().requires_grad_()
+
+    def broken(x):
+        raise TypeError("unexpected argument")
+
+    peers = {"absent": runs.Peer(None, "absent is not installed"), "broken": runs.Peer(broken)}
+    peers["norm alone"] = runs.Peer(lambda x: x * 2, forward_only=True)
+    runs.bench_op(
+        "adaln", dit_ops.adaln, "small", [x], [x.detach()], arguments(tmp_path / "r" / "cpu.jsonl"), [1000, 3000], peers
+    )
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == (tmp_path / "r" / "cpu.jsonl").read_text().splitlines()
+    rows = {(r["pass"], r["backend"]): r for r in map(json.loads, printed)}
+    assert len(rows) == len(printed) == 10
+    assert rows["forward", "reference"]["bytes"] == 1000 and rows["backward", "reference"]["bytes"] == 2000
+    assert rows["forward", "norm alone"]["us"] > 0 and rows["backward", "norm alone"]["refused"] == "it has no backward"
+    assert "backend 'triton' cannot run this call" in rows["forward", "triton"]["refused"]
+    assert rows["backward", "absent"]["refused"] == "absent is not installed"
+    assert rows["forward", "broken"]["refused"] == "TypeError: unexpected argument"
+
+
+def test_an_error_of_ours_is_not_a_refusal(tmp_path):
+    def wrong():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        runs.bench_group(KEY, {"reference": lambda: wrong}, arguments(tmp_path / "x.jsonl"), 1)
+
+
+def test_results_are_named_by_the_device(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    measure.write({"op": "x", "device": "NVIDIA H100 80GB HBM3"}, None)
+    measure.write({"op": "y", "device": "NVIDIA H100 80GB HBM3"}, "-")
+    assert [p.name for p in tmp_path.iterdir()] == ["nvidia-h100-80gb-hbm3.jsonl"]
+    assert len((tmp_path / "nvidia-h100-80gb-hbm3.jsonl").read_text().splitlines()) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def result(backend: str, us: float, of_copy: float, **changes) -> dict:
+    figures = {"us": us, "iqr_us": 1.0, "min_us": us, "GB/s": 2000.0, "copy_GB/s": 3000.0, "of_copy": of_copy, "bytes": 1 << 28}
+    about = {"device": "GPU 1", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-02"}
+    return {**KEY, "backend": backend, **figures, **about, **changes}
+
+
+def test_page_shows_the_last_record_the_ratios_and_what_falls_short():
+    refused = {**KEY, "backend": "cpu", "refused": "adaln: backend 'cpu' cannot run this call: tensors are on cuda"}
+    records = [
+        result("cuda", 50.0, 0.5),
+        result("cuda", 10.0, 0.9),
+        result("torch.compile", 15.0, 0.6),
+        result("reference", 60.0, 0.15),
+    ]
+    about = {"device": "GPU 1", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-02"}
+    machine = {"op": "machine", "copy_GB/s": 3000.0, "matmul_TFLOP/s": 798.0, **about}
+    lines = [json.dumps(r) for r in [machine, *records, refused | about]]
+    page = table.page({"gpu-1": table.load(lines)}, {"gpu-1": "performance-gpu-1.png"}, "## Why\n\nBecause.")
+    assert "| small, float32 | forward | cuda | 10.0 | 1.0 | 2000.0 | 90% | 1.50× torch.compile, 6.00× reference |" in page
+    assert "50.0" not in page and page.count("## GPU 1") == 1
+    assert "- adaln, forward, small, float32: 90% of copy (cuda), goal 93%" in page
+    assert "- cpu (adaln): tensors are on cuda" in page
+    assert "Copy 3000.0 GB/s, bf16 matrix product 798.0 TFLOP/s." in page
+    assert "![Share of the copy bandwidth](performance-gpu-1.png)" in page and page.endswith("Because.\n")
+    assert "No results are committed yet." in table.page({}, {})
+
+
+def test_page_and_plot_are_made_from_the_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs").mkdir()
+    rows = [result("triton", 10.0, 0.9), result("reference", 60.0, 0.15), result("triton", 9.0, 0.8, **{"pass": "backward"})]
+    (tmp_path / "results/gpu-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    table.main(tmp_path / "results", tmp_path / "docs")
+    assert (tmp_path / "docs/performance-gpu-1.png").read_bytes()[:4] == b"\x89PNG"
+    assert "(performance-gpu-1.png)" in (tmp_path / "docs/performance.md").read_text()
+
+
+def test_committed_page_is_the_generated_one():
+    """After a run that adds to a committed result file: python tools/performance_table.py"""
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    named = [p for p in sorted((ROOT / "bench/results").glob("*.jsonl")) if f"bench/results/{p.name}`" in page]
+    files = {p.stem: table.load(p.read_text(encoding="utf-8").splitlines()) for p in named}
+    plots = {name: f"performance-{name}.png" for name in files if (ROOT / f"docs/performance-{name}.png").exists()}
+    notes = ROOT / "docs/notes/performance.md"
+    assert page == table.page(files, plots, notes.read_text(encoding="utf-8") if notes.exists() else "")
+
+
+def test_sanitizer_script_runs_kernels():
+    done = subprocess.run(
+        [sys.executable, "tools/sanitize_ops.py", "--device", "cpu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ("adaln cpu: ran" in done.stdout and done.returncode == 0) or "no kernel ran" in done.stderr, done.stderr
+
+
+def test_make_gpu_is_a_plan_of_four_steps():
+    done = subprocess.run(["make", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for step in (
+        "build_ext --inplace",
+        "-m pytest",
+        "tools/sanitize_ops.py",
+        "dit_ops bench",
+        "tools/performance_table.py",
+    ):
+        assert step in done.stdout, step
