@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -77,20 +78,23 @@ def demo(
     if torch.cuda.is_available():  # the same figures twice; on a CPU they are so anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     configs = stage_configs(preset, Path(output), seed)
     plan, output = PRESETS[preset], Path(output)
     journal = Journal(output, steps=len(STAGES) + len(MODELS) + 2, say=say, overwrite=overwrite)
     data = journal.step("data", {"preset": asdict(plan), "seed": seed}, output / "data", lambda: _rooms(plan, seed, output))
     digests = {"data": data}
     for stage, config in configs.items():
-        inputs = {"config": portable(config, output), "after": [digests[name] for name in sources(config, output)]}
-        digests[stage] = journal.step(stage, inputs, Path(config.output), lambda config=config: _train(config))
+        inputs: dict[str, Any] = {
+            "config": portable(config, output),
+            "after": [digests[name] for name in sources(config, output)],
+        }
+        digests[stage] = journal.step(stage, inputs, Path(config.output), partial(_train, config))
     samples = held_out_samples(plan.prompts, plan.held_out, plan.size)
     for stage in MODELS:
         folder = output / "generated" / stage
-        inputs = {"after": digests[stage], "held_out": plan.held_out, "seed": seed}
-        job = lambda stage=stage, folder=folder: _generate(output / stage / "model", samples, seed, folder)
+        inputs = {"after": digests[stage], "held_out": list(plan.held_out), "seed": seed}
+        job = partial(_generate, output / stage / "model", samples, seed, folder)
         journal.step(f"videos of {stage}", inputs, folder, job)
     journal.announce("report")
     page = _report(output, preset, seed, configs, samples, journal)
@@ -239,7 +243,7 @@ def _report(
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     scores = [Score(MODELS[stage], r["sampler"], r["psnr"], r["psnr_wrong"]) for stage, r in results.items()]
-    scores.append(Score("Codec alone", "the truth, encoded and decoded: the ceiling", ceiling["psnr"]))
+    scores.append(Score("Codec alone", "truth, coded: the ceiling", ceiling["psnr"]))
     hero, *strips = _strips(output, samples, results, plan.fps)
     dmd = results["dmd"]
     follows = "follows the camera" if dmd["difference"] > 0 else "does not follow the camera"
@@ -266,8 +270,8 @@ def _strips(output: Path, samples: Sequence[Sample], results: dict[str, Any], fp
     """The DMD student beside both truths, then both truths and every model, for one prompt per held-out trajectory."""
     videos = {stage: load_file(output / "generated" / stage / "videos.safetensors")["videos"] for stage in MODELS}
     poses = list(dict.fromkeys(sample.pose for sample in samples))
-    chosen = [[i for i, s in enumerate(samples) if s.pose == pose] for pose in poses]
-    chosen = [same_pose[p % len(same_pose)] for p, same_pose in enumerate(chosen)]  # another prompt for every pose
+    along = [[i for i, s in enumerate(samples) if s.pose == pose] for pose in poses]
+    chosen = [same_pose[p % len(same_pose)] for p, same_pose in enumerate(along)]  # another prompt for every pose
 
     def strip(name: str, i: int, stages: Sequence[str], first: str = "") -> Strip:
         sample = samples[i]
