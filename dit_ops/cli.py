@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,8 +127,10 @@ def _train(a: argparse.Namespace) -> None:
     print(run(config, resume=not a.no_resume, validate=validation_videos(config)))
 
 
-SAMPLER = ("frames", "num_steps", "guidance", "solver", "shift", "negative_prompt", "height", "width", "fps", "block_frames")
-SAMPLER += ("window_frames", "sink_frames")
+SAMPLER = [
+    *("frames", "num_steps", "guidance", "solver", "shift", "negative_prompt", "height", "width", "fps"),
+    *("block_frames", "window_frames", "sink_frames"),
+]
 
 
 def _generate(a: argparse.Namespace) -> None:
@@ -140,7 +143,8 @@ def _generate(a: argparse.Namespace) -> None:
     options = {name: getattr(a, name) for name in SAMPLER}
     model = files.fingerprint(a.model, a.mode, a.dtype)
     wanted = [files.request(item, model, options) for item in items]
-    todo = {path: job for path, *job in zip(files.output_paths(a.output, wanted), items, wanted, strict=True)}
+    paths = files.output_paths(a.output, wanted)
+    todo = {path: (item, request) for path, item, request in zip(paths, items, wanted, strict=True)}
     for path, (_, request) in list(todo.items()):
         if not a.overwrite and files.is_finished(path, request):
             _say(f"{path}: finished before")
@@ -176,7 +180,7 @@ def _preprocess(a: argparse.Namespace) -> None:
         raise ValueError(f"--size must be a number or HEIGHTxWIDTH, got {a.size!r}")
     height, width = size * 2 if len(size) == 1 else size
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    mode = "overwrite" if a.overwrite else "resume"
+    mode: Literal["overwrite", "resume"] = "overwrite" if a.overwrite else "resume"
     with tqdm(unit="video") as bar:
 
         def progress(done: int, total: int) -> None:

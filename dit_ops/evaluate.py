@@ -50,15 +50,11 @@ def generate_samples(pipeline: Any, samples: Sequence[Sample], seed: int, batch:
 
 def score(videos: Tensor, samples: Sequence[Sample]) -> dict[str, Any]:
     """Mean PSNR to the truth and to the wrong trajectory, their difference in dB, and both figures per sample."""
+    rights = [round(psnr(video, s.truth), 4) for video, s in zip(videos, samples, strict=True)]
+    wrongs = [round(psnr(video, s.wrong), 4) for video, s in zip(videos, samples, strict=True)]
+    right, wrong = sum(rights) / len(rights), sum(wrongs) / len(wrongs)
     each = [
-        {
-            "prompt": s.prompt,
-            "pose": s.pose,
-            "psnr": round(psnr(video, s.truth), 4),
-            "psnr_wrong": round(psnr(video, s.wrong), 4),
-        }
-        for video, s in zip(videos, samples, strict=True)
+        {"prompt": s.prompt, "pose": s.pose, "psnr": r, "psnr_wrong": w}
+        for s, r, w in zip(samples, rights, wrongs, strict=True)
     ]
-    right = sum(e["psnr"] for e in each) / len(each)
-    wrong = sum(e["psnr_wrong"] for e in each) / len(each)
     return {"psnr": round(right, 4), "psnr_wrong": round(wrong, 4), "difference": round(right - wrong, 4), "samples": each}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_ops.pipelines import stages
 from dit_ops.pipelines.settings import Settings
@@ -13,12 +13,10 @@ from dit_ops.pipelines.settings import Settings
 class Pipeline:
     """A backbone, a condition and default settings. A pipeline class adds `denoise`, which yields clean latents.
 
-    backbone    flow prediction as DESIGN 5        condition    text encoder and codec
+    backbone    flow prediction `[B, F, Cz, h, w]`    condition    text encoder and codec
     """
 
-    backbone: nn.Module
-
-    def __init__(self, backbone: nn.Module, condition: Any, settings: Settings | None = None):
+    def __init__(self, backbone: Any, condition: Any, settings: Settings | None = None):
         self.backbone, self.condition = backbone, condition
         self.settings = settings or Settings()
 

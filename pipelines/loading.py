@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dit_ops import conditions
 from dit_ops.conditions import Condition
@@ -104,7 +103,7 @@ def stock_settings(directory: Path, index: dict[str, Any]) -> Settings:
     return Settings(num_steps=50, guidance=5.0, shift=shift, solver="unipc" if unipc else "euler")
 
 
-def save(directory: str | Path, mode: str, backbone: nn.Module, condition: Any, settings: Settings) -> None:
+def save(directory: str | Path, mode: str, backbone: Any, condition: Any, settings: Settings) -> None:
     """Writes a model directory in one atomic step; an existing one is replaced."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

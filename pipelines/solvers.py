@@ -46,4 +46,4 @@ class UniPC:
 
 def solver(settings: Settings) -> Euler | UniPC:
     """A fresh solver: UniPC keeps a history, so every block needs its own."""
-    return {"euler": Euler, "unipc": UniPC}[settings.solver](settings)
+    return UniPC(settings) if settings.solver == "unipc" else Euler(settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_ops.camera import intrinsics_matrix, parse_trajectory, trajectory_frames
 from dit_ops.draws import Draws
@@ -42,7 +42,7 @@ class State:
 
 
 def validate(
-    backbone: nn.Module,
+    backbone: Any,
     condition: Any,
     prompts: str | Sequence[str],
     pose: str | Sequence[str] | Cameras | None,
@@ -79,8 +79,9 @@ def validate(
 
 
 def _cameras(pose: str | Sequence[str] | Cameras, B: int, frames: int | None, settings: Settings) -> Cameras:
-    if isinstance(pose, str) or all(isinstance(p, str) for p in pose):
-        poses = [pose] if isinstance(pose, str) else list(pose)
+    given: list[Any] = [pose] if isinstance(pose, str) else list(pose)
+    poses = [p for p in given if isinstance(p, str)]
+    if len(poses) == len(given):
         if not poses:
             raise ValueError("pose must hold at least one pose string, got none")
         counts = [trajectory_frames(text) for text in poses]
@@ -91,7 +92,7 @@ def _cameras(pose: str | Sequence[str] | Cameras, B: int, frames: int | None, se
         viewmats = torch.stack([parse_trajectory(text) for text in poses])
         Ks = intrinsics_matrix(*settings.intrinsics).expand(*viewmats.shape[:2], 3, 3)
     else:
-        viewmats, Ks = (t[None] if t.dim() == 3 else t for t in pose)
+        viewmats, Ks = (t[None] if t.dim() == 3 else t for t in given)
         if viewmats.shape[2:] != (4, 4) or Ks.shape != (*viewmats.shape[:2], 3, 3):
             raise ValueError(
                 f"pose must be viewmats [B, F, 4, 4] and Ks [B, F, 3, 3], got {list(viewmats.shape)} and {list(Ks.shape)}"
@@ -103,7 +104,7 @@ def _cameras(pose: str | Sequence[str] | Cameras, B: int, frames: int | None, se
     return viewmats.expand(B, -1, -1, -1), Ks.expand(B, -1, -1, -1)
 
 
-def _latent_plane(backbone: nn.Module, condition: Any, settings: Settings) -> tuple[int, int]:
+def _latent_plane(backbone: Any, condition: Any, settings: Settings) -> tuple[int, int]:
     plane = []
     patch = backbone.transformer.config.patch_size
     for name, pixels, patch_size in (("height", settings.height, patch[1]), ("width", settings.width, patch[2])):
@@ -146,7 +147,7 @@ def _noise(state: State, name: str, counters: list[tuple[int, ...]]) -> Tensor:
 
 
 def predict_flow(
-    backbone: nn.Module, state: State, x: Tensor, t: float, first: int = 0, caches: list[Any] | None = None
+    backbone: Any, state: State, x: Tensor, t: float, first: int = 0, caches: list[Any] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Flow of frames [first, first + F) at timestep t: (conditional, unconditional or None). Both see the same camera.
 
@@ -170,7 +171,7 @@ def predict_flow(
     return cond, uncond[0] if uncond else None
 
 
-def causal_blocks(backbone: nn.Module, state: State) -> list[tuple[int, int]]:
+def causal_blocks(backbone: Any, state: State) -> list[tuple[int, int]]:
     """Frame ranges [first, last) that are generated together; the last one may be shorter."""
     size = state.settings.block_frames or backbone.block_frames
     if size is None:
@@ -178,14 +179,14 @@ def causal_blocks(backbone: nn.Module, state: State) -> list[tuple[int, int]]:
     return [(f, min(f + size, state.frames)) for f in range(0, state.frames, size)]
 
 
-def new_caches(backbone: nn.Module, state: State) -> list[Any]:
+def new_caches(backbone: Any, state: State) -> list[Any]:
     """One KV cache per network pass."""
     _, h, w = state.latent_size
     window = {"window_frames": state.settings.window_frames, "sink_frames": state.settings.sink_frames}
     return [backbone.new_cache(text.shape[0], h, w, **window) for text in state.texts]
 
 
-def remember(backbone: nn.Module, state: State, x0: Tensor, first: int, caches: list[Any]) -> None:
+def remember(backbone: Any, state: State, x0: Tensor, first: int, caches: list[Any]) -> None:
     """Clean rerun at t = 0: the cache keeps keys and values of the block's result. The last block needs none."""
     if first + x0.shape[1] < state.frames:
         predict_flow(backbone, state, x0, 0.0, first, caches)
