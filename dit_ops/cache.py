@@ -100,7 +100,7 @@ class KVCache:
         if not runs:
             return None
         k, v = self._buffer(self._k, layer), self._buffer(self._v, layer)
-        parts = [torch.cat([b[:, s0 * T : s1 * T] for s0, s1 in runs], dim=1).detach() for b in (k, v)]
+        parts = [torch.cat([b[:, s0 * T : s1 * T] for s0, s1 in runs], dim=1) for b in (k, v)]
         return parts[0], parts[1]
 
     def visible_frames(self, last: int | None = None) -> list[int]:

@@ -336,6 +336,17 @@ def test_gradient_through_the_cache_is_truncated_to_the_chunk(checkpointing):
     assert all(g.abs().sum() > 0 for k, g in together.items() if "to_k" not in k or "bias" not in k)
 
 
+def test_a_chunk_that_ran_only_with_gradient_is_not_in_the_cache():
+    model = tiny()
+    latents, _, text, cameras = inputs(F=4)
+    first, second = ({k: v[:, part] for k, v in cameras.items()} for part in (slice(0, 2), slice(2, 4)))
+    cache = model.new_cache(2, 4, 6)
+    flow = model(latents[:, :2], torch.full((2, 2), 500.0), text, cache=cache, **first)
+    assert flow.requires_grad and cache.end_frame == 0
+    with pytest.raises(ValueError, match=r"start_frame must be 0 \(the next frame\)"):
+        model(latents[:, 2:], torch.full((2, 2), 500.0), text, cache=cache, start_frame=2, **second)
+
+
 def test_text_keys_are_computed_once_per_text():
     model, calls = tiny(), []
     model.transformer.condition_embedder.text_embedder.register_forward_hook(lambda *_: calls.append(1))
