@@ -38,4 +38,4 @@ def head_shapes(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]
     for name, (B, F, H, W, N, D) in [*GRIDS.items()][: args.shapes]:
         frames = F if args.tokens is None else min(F, max(1, args.tokens // (H * W)))
         rope = Rope3D(D).tables(frames, H, W, args.device)
-        yield name if frames == F else f"{name}, first {frames}", (B, frames * H * W, N, D), (frames, H, W), rope
+        yield name if frames == F else f"{name}, first {frames} frames", (B, frames * H * W, N, D), (frames, H, W), rope

@@ -154,9 +154,9 @@ def plot(records: list[dict], path: Path) -> None:
                 name = "dit_ops" if r["backend"] in OURS else r["backend"]
                 kept = groups[op, pass_].get(name)
                 groups[op, pass_][name] = r if kept is None or r["of_copy"] > kept["of_copy"] else kept
-    names = ["dit_ops", "torch.compile", "reference"]
-    names += [n for g in groups.values() for n in g if n not in names]
-    names = list(dict.fromkeys(names))
+    measured = {name for group in groups.values() for name in group}
+    first = [name for name in ("dit_ops", "torch.compile", "reference") if name in measured]
+    names = first + sorted(measured - set(first))
     figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(groups) * (len(names) / 2.5) + 1.5))
     height = 0.8 / len(names)
     for i, name in enumerate(names):
