@@ -10,7 +10,9 @@ import functools
 import importlib.metadata
 import json
 import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +110,26 @@ def device_name(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def sensors(device: str) -> dict[str, float | None]:
+    """SM clock, power and temperature of a GPU now, null where neither NVML nor nvidia-smi tells them; nothing for a CPU."""
+    if device == "cpu":
+        return {}
+    names = ("sm_MHz", "power_W", "temperature_C")
+    try:
+        clock, power, temperature = torch.cuda.clock_rate(), torch.cuda.power_draw(), torch.cuda.temperature()
+        return dict(zip(names, (clock, power / 1000, temperature), strict=True))
+    except (ImportError, RuntimeError):  # pynvml is not installed, or the driver does not answer
+        return dict(zip(names, _nvidia_smi(torch.device(device).index or 0), strict=True))
+
+
+def _nvidia_smi(index: int) -> list[float | None]:
+    if shutil.which("nvidia-smi") is None:
+        return [None] * 3
+    query = ["--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader,nounits", f"--id={index}"]
+    told = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True).stdout.strip().split(", ")
+    return [float(value) if re.fullmatch(r"[\d.]+", value) else None for value in (told + [""] * 3)[:3]]
+
+
 def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
@@ -128,9 +150,15 @@ def about(device: str) -> dict[str, object]:
 
 
 def row(
-    key: dict[str, str], device: str, moved_bytes: int, times: list[float] | None, reason: str | None = None, calls: int = 1
+    key: dict[str, str],
+    device: str,
+    moved_bytes: int,
+    times: list[float] | None,
+    reason: str | None = None,
+    calls: int = 1,
+    sensed: dict[str, float | None] | None = None,
 ) -> dict[str, object]:
-    """The record of one backend: figures of one of `calls` calls, or why there are none."""
+    """The record of one backend: figures of one of `calls` calls, or why there are none. sensed: `sensors` after the timing."""
     if times is None:
         return {**key, "refused": reason, **about(device)}
     low, median, high = (t / calls for t in quartiles(times))
@@ -144,8 +172,18 @@ def row(
         "copy_GB/s": round(copy, 1),
         "of_copy": round(rate / copy, 3),
         "bytes": moved_bytes,
+        **(sensed or {}),
         **about(device),
     }
+
+
+def compute_rates(record: dict[str, object], device: str, flops: float) -> dict[str, object]:
+    """The rate of `flops` useful operations and its share of a large matrix product's; nothing without flops or time."""
+    if not flops or "us" not in record:
+        return {}
+    rate, matmul = flops / float(str(record["us"])) / 1e6, matmul_rate(device)
+    figures = {"TFLOP/s": round(rate, 2), "matmul_TFLOP/s": round(matmul, 2), "of_matmul": round(rate / matmul, 3)}
+    return {**figures, "flops": flops}
 
 
 def write(record: dict[str, object], output: str | None) -> None:

@@ -12,7 +12,7 @@ from torch._functorch import config as functorch_config
 from dit_ops._library import use_backend
 from dit_ops.bench import measure
 
-BACKENDS = ("cuda", "triton", "cpu", "reference", "torch.compile")
+BACKENDS = ("dense", "cuda", "triton", "cpu", "reference", "torch.compile")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def arguments(doc: str | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="cut every shape to at most this many tokens per sample")
     parser.add_argument("--shapes", type=int, help="the first so many shapes (default: all)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS[1:]), choices=BACKENDS)
     parser.add_argument("--repeats", type=int, default=50, help="timed calls of every backend (default: %(default)s)")
     parser.add_argument("--output", help="file to append the lines to, or - for none (default: bench/results/<device>.jsonl)")
     return parser.parse_args()
@@ -45,14 +45,18 @@ def bench_op(
     args: argparse.Namespace,
     moved: list[int],
     peers: dict[str, Peer] | None = None,
+    flops: tuple[float, float] = (0, 0),
 ) -> None:
-    """fn(*leaves) without gradients, and its backward. moved: the least bytes of forward, and of forward plus backward."""
+    """fn(*leaves) without gradients, and its backward. moved: the least bytes of forward, and of forward plus backward.
+
+    flops: useful ones of forward and of backward, of an op that computes more than it moves
+    """
     makers, missing = _makers(fn, leaves, cotangents, args.backends, peers or {})
     with functorch_config.patch(donated_buffer=False):  # the backward is timed many times over one graph
-        for pass_, moved_bytes in (("forward", moved[0]), ("backward", moved[1] - moved[0])):
+        for pass_, moved_bytes, useful in (("forward", moved[0], flops[0]), ("backward", moved[1] - moved[0], flops[1])):
             group = {name: functools.partial(make, pass_ == "backward") for name, make in makers.items()}
             key = {"op": op, "shape": shape, "dtype": str(leaves[0].dtype).removeprefix("torch."), "pass": pass_}
-            bench_group(key, group, args, moved_bytes, missing)
+            bench_group(key, group, args, moved_bytes, missing, flops=useful)
 
 
 def _makers(
@@ -82,6 +86,7 @@ def bench_group(
     moved_bytes: int,
     missing: dict[str, str] | None = None,
     calls: int = 1,
+    flops: float = 0,
 ) -> None:
     """Times what the makers make, all of them in turns; one that cannot be made or run gives its reason."""
     reasons, runs = dict(missing or {}), {}
@@ -97,9 +102,11 @@ def bench_group(
                 raise
             reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     times = measure.interleaved(runs, args.device, args.repeats)
+    sensed = measure.sensors(args.device)
     for name in [*makers, *(name for name in reasons if name not in makers)]:
-        record = measure.row({**key, "backend": name}, args.device, moved_bytes, times.get(name), reasons.get(name), calls)
-        measure.write(record, args.output)
+        figures = times.get(name), reasons.get(name), calls, sensed
+        record = measure.row({**key, "backend": name}, args.device, moved_bytes, *figures)
+        measure.write(record | measure.compute_rates(record, args.device, flops), args.output)
 
 
 def _on(backend: str, fn: Callable) -> Callable:

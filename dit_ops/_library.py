@@ -10,13 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+BACKENDS = ("dense", "cuda", "triton", "cpu", "reference")  # in order of preference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on the CPU, for tests
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -39,6 +39,7 @@ def _load(stem: str) -> str | None:
 
 
 MISSING = {
+    "dense": None,  # other libraries' dense kernels, those of torch among them
     "cpu": _load("_C_cpu"),
     "cuda": _load("_C_cuda") if torch.version.cuda else "this torch is built without CUDA",
     "triton": None if HAS_TRITON else "triton is not installed",
@@ -59,9 +60,10 @@ def define_backward(name: str, backward: Callable, setup_context: Callable) -> N
 
 
 def kernel(backend: str, module: str, name: str) -> Callable:
-    """The launcher `name` of a backend: kernels/<module>.py, csrc/<module>.cu or csrc/<module>.cpp, same name and signature."""
-    if backend == "triton":
-        return getattr(importlib.import_module(f"dit_ops.kernels.{module}"), name)
+    """The launcher `name` of a backend: one signature in kernels/<module>.py, csrc/<module>.* and ops/_<module>_dense.py."""
+    if backend in ("triton", "dense"):
+        path = f"kernels.{module}" if backend == "triton" else f"ops._{module}_dense"
+        return getattr(importlib.import_module(f"dit_ops.{path}"), name)
     try:
         return getattr(getattr(torch.ops, f"dit_ops_{backend}"), name)
     except AttributeError as error:
@@ -87,9 +89,11 @@ class Explanation:
     op: str
     backend: str | None
     refused: dict[str, str]
+    detail: str = ""
 
     def __str__(self) -> str:
         runs = f"runs on {self.backend!r}" if self.backend else "cannot run on the backend asked for"
+        runs += f" ({self.detail})" if self.detail else ""
         return f"{self.op} {runs}" + "".join(f"\n  not on {name!r}: {reason}" for name, reason in self.refused.items())
 
 
@@ -97,13 +101,25 @@ class _Explained(Exception):  # noqa: N818
     """Carries an Explanation out of a public function before it computes anything."""
 
 
-def choose(op: str, asked: str | None, refusals: dict[str, Callable[..., str | None]], *args: object) -> str:
-    """The backend asked for, or the first that does not refuse. Being refused is an error, never a silent fallback."""
+def choose(
+    op: str,
+    asked: str | None,
+    refusals: dict[str, Callable[..., str | None]],
+    *args: object,
+    describe: Callable[..., str] | None = None,
+) -> str:
+    """The backend asked for, or the first that does not refuse. Being refused is an error, never a silent fallback.
+
+    describe(backend, *args): what `explain` adds about the backend, such as whose kernel it would call
+    """
     asked = asked or _forced
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {asked!r}")
     if _explaining:
-        raise _Explained(_explanation(op, asked, refusals, *args))
+        explanation = _explanation(op, asked, refusals, *args)
+        if describe and explanation.backend:
+            explanation = replace(explanation, detail=describe(explanation.backend, *args))
+        raise _Explained(explanation)
     if asked is None:
         chosen = next((b for b in BACKENDS if b in refusals and refusals[b](*args) is None), "reference")
     else:
@@ -121,7 +137,9 @@ def choose(op: str, asked: str | None, refusals: dict[str, Callable[..., str | N
 def _reason(backend: str, refusals: dict[str, Callable[..., str | None]], *args: object) -> str | None:
     if backend == "reference":
         return None
-    return refusals[backend](*args) if backend in refusals else "not written yet"
+    if backend not in refusals:
+        return "it has dense attention only" if backend == "dense" else "not written yet"
+    return refusals[backend](*args)
 
 
 def _explanation(op: str, asked: str | None, refusals: dict[str, Callable[..., str | None]], *args: object) -> Explanation:

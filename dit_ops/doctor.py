@@ -49,14 +49,17 @@ def sample_arguments(op: Callable, device: torch.device) -> dict[str, Any]:
         **dict.fromkeys(("shadow", "params"), [torch.zeros(4, device=device)]),
         **{"sigma": 0.5, "sigma_next": 0.25, "guidance": 1.0, "decay": 0.9},
         "grid": (F, H, W),
+        "heads": N // 2,  # of each of the two paths that o holds
         "rope": tuple(torch.ones(length, size // 2, 2, device=device) for length, size in axes),
     }
     parameters = inspect.signature(op).parameters
-    if "group" in parameters:  # the exchanges move heads
-        samples["x"] = heads
-    elif parameters.keys() & {"flow", "cond"}:  # the sampler steps move latents
+    if parameters.keys() & {"flow", "cond"}:  # the sampler steps move latents
         samples["x"] = latents
-    return {name: samples[name] for name, p in parameters.items() if name in samples and p.kind is not p.KEYWORD_ONLY}
+    return {
+        name: samples[name]
+        for name, p in parameters.items()
+        if name in samples and (p.kind is not p.KEYWORD_ONLY or p.default is p.empty)
+    }
 
 
 def _op_line(name: str, op: Callable, device: torch.device) -> str:

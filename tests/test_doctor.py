@@ -38,4 +38,4 @@ def test_doctor_says_what_is_missing_and_why(monkeypatch):
 
 def test_doctor_survives_a_forced_backend_that_does_not_exist(monkeypatch):
     monkeypatch.setattr(lib, "_forced", "cud")
-    assert "backend must be one of cuda, triton, cpu, reference, got 'cud'" in doctor()
+    assert "backend must be one of dense, cuda, triton, cpu, reference, got 'cud'" in doctor()

@@ -32,7 +32,7 @@ def test_an_argument_wins_over_the_block():
 
 
 def test_unknown_backends_are_named():
-    with pytest.raises(ValueError, match="adaln: backend must be one of cuda, triton, cpu, reference, got 'cudnn'"):
+    with pytest.raises(ValueError, match="adaln: backend must be one of dense, cuda, triton, cpu, reference, got 'cudnn'"):
         dit_ops.adaln(X, backend="cudnn")
     with pytest.raises(ValueError, match="use_backend: name must be one of .* got 'gpu'"), dit_ops.use_backend("gpu"):
         pass
@@ -46,7 +46,7 @@ def test_explain_gives_a_reason_for_every_other_backend():
     asked = dit_ops.explain("adaln", X.double(), backend="cpu")
     assert asked.backend is None and asked.refused["cpu"]
     with_reference = dit_ops.explain("gated_residual", X, X, X[:, 0], backend="reference")
-    assert with_reference.backend == "reference" and set(with_reference.refused) == {"cuda", "triton", "cpu"}
+    assert with_reference.backend == "reference" and set(with_reference.refused) == {"dense", "cuda", "triton", "cpu"}
     with pytest.raises(ValueError, match="x must be"):
         dit_ops.explain("adaln", X[0])
     assert torch.isfinite(dit_ops.adaln(X)).all()  # explain leaves no trace
