@@ -33,6 +33,30 @@ def adaln_rms() -> dict[str, Peer]:
     }
 
 
+def flow_matching(x: Tensor, guidance: float) -> dict[str, dict[str, Peer]]:
+    """Op -> diffusers' scheduler; it takes one noise level per step or sample, and guidance is not its part."""
+    name = "diffusers FlowMatchEulerDiscreteScheduler"
+    if importlib.util.find_spec("diffusers") is None:
+        missing = Peer(None, "diffusers is not installed")
+        return {"cfg_euler_step": {name: missing}, "add_noise": {name: missing}}
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4, device=x.device)
+
+    def step(cond: Tensor, uncond: Tensor) -> Tensor:
+        scheduler._step_index = 1
+        flow = uncond + guidance * (cond - uncond)
+        return scheduler.step(flow, scheduler.timesteps[1], x, return_dict=False)[0]
+
+    def add_noise(x0: Tensor, noise: Tensor) -> Tensor:
+        scheduler._step_index = 1
+        return scheduler.scale_noise(x0, scheduler.timesteps[1:2].expand(len(x0)), noise)
+
+    steps = {"cfg_euler_step": step, "add_noise": add_noise}
+    return {op: {name: Peer(fn, forward_only=True)} for op, fn in steps.items()}
+
+
 def qk_norm_rope(grid: tuple[int, int, int], N: int, D: int, packed: Tensor) -> dict[str, Peer]:
     """FlashInfer's kernel reads packed q, k, v [B, L, 3 N D] and copies v too; its norm spans all heads."""
     F, H, W = grid

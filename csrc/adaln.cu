@@ -1,21 +1,9 @@
 // Launches of adaln: picks the kernel by dtypes and by how many vectors a row has.
 #include "adaln.cuh"
+#include "common/dispatch.cuh"
 
 namespace dit {
 namespace {
-
-// f(x's type, the tables' type) as null pointers of those types
-template <typename F>
-cudaError_t with_types(Dtype dtype, bool tables_as_x, const F& f) {
-  float* fp32 = nullptr;
-  __nv_bfloat16* bf16 = nullptr;
-  __half* fp16 = nullptr;
-  if (dtype == Dtype::kFloat) return f(fp32, fp32);
-  if (dtype == Dtype::kBfloat16) return tables_as_x ? f(bf16, bf16) : f(bf16, fp32);
-  return tables_as_x ? f(fp16, fp16) : f(fp16, fp32);
-}
-
-int threads(int vectors, int items) { return (vectors + items * 32 - 1) / (items * 32) * 32; }
 
 template <typename T, typename TT>
 cudaError_t forward(const AdalnForward& a, cudaStream_t stream) {

@@ -11,6 +11,9 @@
 
 namespace dit {
 
+// Threads of a block that holds a row of `vectors` in `items` vectors a thread: whole warps, as few as there can be.
+inline int threads(int vectors, int items) { return (vectors + items * 32 - 1) / (items * 32) * 32; }
+
 template <typename TT>
 __device__ __forceinline__ const TT* row_of(const AdalnRows& rows, int64_t b, int64_t f) {
   return rows.data ? static_cast<const TT*>(rows.data) + b * rows.stride_b + f * rows.stride_f : nullptr;
@@ -29,20 +32,16 @@ __device__ __forceinline__ void load_gain(const TT* weight, const TT* scale, int
   }
 }
 
-template <typename T, typename TT, int ITEMS, int THREADS>
-__global__ void __launch_bounds__(THREADS) adaln_fwd_kernel(const AdalnForward a) {
+// adaln of token l of sample b, whose row v is in registers: zero beyond C, lost afterwards.
+template <typename T, typename TT, int ITEMS>
+__device__ __forceinline__ void store_adaln(const AdalnForward& a, float (&v)[ITEMS][kVector<T>], int64_t b, int64_t l) {
   constexpr int N = kVector<T>;
   __shared__ float2 slots[2][32];
-  const int64_t b = blockIdx.y, l = blockIdx.x, token = b * a.L + l;
-  const T* x = static_cast<const T*>(a.x) + token * a.C;
-  T* y = static_cast<T*>(a.y) + token * a.C;
+  const int64_t token = b * a.L + l;
 
-  float v[ITEMS][N] = {};
   float2 sum = {0.f, 0.f};
 #pragma unroll
   for (int k = 0; k < ITEMS; ++k) {
-    const int c = (k * blockDim.x + threadIdx.x) * N;
-    if (c < a.C) load(x + c, v[k]);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum.x += v[k][i];
   }
@@ -87,12 +86,26 @@ __global__ void __launch_bounds__(THREADS) adaln_fwd_kernel(const AdalnForward a
 #pragma unroll
       for (int i = 0; i < N; ++i) v[k][i] += table[i];
     }
-    store(y + c, v[k]);
+    store(static_cast<T*>(a.y) + token * a.C + c, v[k]);
   }
   if (threadIdx.x == 0) {
     a.mean[token] = mean;
     a.rstd[token] = rstd;
   }
+}
+
+template <typename T, typename TT, int ITEMS, int THREADS>
+__global__ void __launch_bounds__(THREADS) adaln_fwd_kernel(const AdalnForward a) {
+  constexpr int N = kVector<T>;
+  const int64_t b = blockIdx.y, l = blockIdx.x;
+  const T* x = static_cast<const T*>(a.x) + (b * a.L + l) * a.C;
+  float v[ITEMS][N] = {};
+#pragma unroll
+  for (int k = 0; k < ITEMS; ++k) {
+    const int c = (k * blockDim.x + threadIdx.x) * N;
+    if (c < a.C) load(x + c, v[k]);
+  }
+  store_adaln<T, TT>(a, v, b, l);
 }
 
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * gain; without mean(g) for the RMS norm.

@@ -1,13 +1,11 @@
 // What the CUDA launchers of adaln take: raw pointers, no torch.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 
-namespace dit {
+#include "common/dtype.h"
 
-enum class Dtype { kFloat, kBfloat16, kHalf };
+namespace dit {
 
 struct AdalnRows {
   const void* data;  // null: absent

@@ -20,6 +20,10 @@ Tensors5 gated_residual_adaln_bwd(const Tensor& dx_new, const Tensor& dh, const 
 Tensors4 qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const Table& q_weight, const Table& k_weight, const Tensor& rope_t,
                           const Tensor& rope_h, const Tensor& rope_w, int64_t F, int64_t H, int64_t W, double eps,
                           int64_t start_frame);
+Tensor qk_norm_rope_into_fwd(const Table& q, const Tensor& k, const Table& v, const Table& q_weight, const Table& k_weight,
+                             const Tensor& rope_t, const Tensor& rope_h, const Tensor& rope_w, const Table& P,
+                             const Table& P_inv, const Tensor& k_out, const Table& v_out, int64_t F, int64_t H, int64_t W,
+                             double eps, int64_t start_frame, bool turn_keys);
 Tensors4 qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k, const Table& q_weight,
                           const Table& k_weight, const Tensor& q_rstd, const Tensor& k_rstd, const Tensor& rope_t,
                           const Tensor& rope_h, const Tensor& rope_w, int64_t F, int64_t H, int64_t W, int64_t start_frame);
@@ -48,6 +52,9 @@ STABLE_TORCH_LIBRARY(dit_ops_cpu, m) {
         " -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dh_xhat, Tensor dh_sum)");
   m.def("qk_norm_rope_fwd(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor rope_t, Tensor rope_h, Tensor rope_w,"
         " int F, int H, int W, float eps, int start_frame) -> (Tensor q_out, Tensor k_out, Tensor q_rstd, Tensor k_rstd)");
+  m.def("qk_norm_rope_into_fwd(Tensor? q, Tensor k, Tensor? v, Tensor? q_weight, Tensor? k_weight, Tensor rope_t, Tensor rope_h,"
+        " Tensor rope_w, Tensor? P, Tensor? P_inv, Tensor(a!) k_out, Tensor(b!)? v_out, int F, int H, int W, float eps,"
+        " int start_frame, bool turn_keys) -> Tensor q_out");
   m.def("qk_norm_rope_bwd(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor q_rstd,"
         " Tensor k_rstd, Tensor rope_t, Tensor rope_h, Tensor rope_w, int F, int H, int W, int start_frame)"
         " -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)");
@@ -68,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(dit_ops_cpu, CPU, m) {
   m.impl("gated_residual_adaln_fwd", TORCH_BOX(&dit::gated_residual_adaln_fwd));
   m.impl("gated_residual_adaln_bwd", TORCH_BOX(&dit::gated_residual_adaln_bwd));
   m.impl("qk_norm_rope_fwd", TORCH_BOX(&dit::qk_norm_rope_fwd));
+  m.impl("qk_norm_rope_into_fwd", TORCH_BOX(&dit::qk_norm_rope_into_fwd));
   m.impl("qk_norm_rope_bwd", TORCH_BOX(&dit::qk_norm_rope_bwd));
   m.impl("qk_norm_rope_prope_fwd", TORCH_BOX(&dit::qk_norm_rope_prope_fwd));
   m.impl("qk_norm_rope_prope_bwd", TORCH_BOX(&dit::qk_norm_rope_prope_bwd));

@@ -16,10 +16,11 @@ struct Rows {
   const float *weight, *rope[3], *M;  // weight null: no norm; M null: no projection
   bool rotate;  // an axis may have no channels, and then a null table
   bool transpose;
-  const void* dout;  // backward only
-  void* out;         // forward: [B, L, paths * N, D]    backward: dx [B, L, N, D]
-  float* rstd;       // [B, L, C / span]
-  float* dweight;    // backward only: one row [span] per chunk
+  const void* dout;      // backward only
+  void* out;             // forward: [B, L, paths * N, D]    backward: dx [B, L, N, D]
+  int64_t out_b, out_l;  // strides, forward only
+  float* rstd;           // [B, L, C / span]
+  float* dweight;        // backward only: one row [span] per chunk
   int64_t tokens, L, C, D, span, axis[3], F, H, W, start_frame;
   float eps;
 
@@ -54,7 +55,7 @@ DIT_INLINE void forward_tokens(const Rows& a, int64_t begin, int64_t end) {
   float *wide = buffer.data(), *normed = wide + a.C, *out = normed + a.C, *angles = out + a.C;
   for (int64_t token = begin; token < end; ++token) {
     const T* x = static_cast<const T*>(a.x) + token / a.L * a.stride_b + token % a.L * a.stride_l;
-    T* to = static_cast<T*>(a.out) + token * a.paths() * a.C;
+    T* to = static_cast<T*>(a.out) + token / a.L * a.out_b + token % a.L * a.out_l;
     const float* n = load_row(x, wide, a.C);
     if (a.weight) {
       for (int64_t c = 0; c < a.C; c += a.span) {
@@ -163,11 +164,13 @@ Rows rows_of(const Tensor& x, const Table& weight, const Rope& grid, bool rotate
 }  // namespace
 
 Tensors2 heads_fwd(const Tensor& x, const Table& weight, const Rope& grid, bool rotate, const Camera* camera, double eps,
-                   const char* op) {
+                   const char* op, const Tensor* into) {
   Rows a = rows_of(x, weight, grid, rotate, camera);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), a.L, a.paths() * x.size(2), a.D});
+  Tensor out = into ? *into : torch::stable::new_empty(x, {x.size(0), a.L, a.paths() * x.size(2), a.D});
   Tensor rstd = new_float(x, {x.size(0), a.L, weight ? a.C / a.span : 0});
   a.out = out.mutable_data_ptr();
+  a.out_b = out.stride(0);
+  a.out_l = out.stride(1);
   a.rstd = mutable_data<float>(rstd);
   a.eps = static_cast<float>(eps);
   const auto run = is_bfloat16(x, op) ? forward_bf16 : forward_f32;
@@ -198,6 +201,22 @@ Tensors4 qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const Table& q_weigh
   const auto [q_out, q_rstd] = heads_fwd(q, q_weight, grid, true, nullptr, eps, "qk_norm_rope");
   const auto [k_out, k_rstd] = heads_fwd(k, k_weight, grid, true, nullptr, eps, "qk_norm_rope");
   return {q_out, k_out, q_rstd, k_rstd};
+}
+
+Tensor qk_norm_rope_into_fwd(const Table& q, const Tensor& k, const Table& v, const Table& q_weight, const Table& k_weight,
+                             const Tensor& rope_t, const Tensor& rope_h, const Tensor& rope_w, const Table& P,
+                             const Table& P_inv, const Tensor& k_out, const Table& v_out, int64_t F, int64_t H, int64_t W,
+                             double eps, int64_t start_frame, bool turn_keys) {
+  const char* op = "qk_norm_rope_into";
+  const Rope grid{rope_t, rope_h, rope_w, F, H, W, start_frame};
+  std::optional<Camera> to_query, to_key;
+  if (P) to_query = Camera{*P, true};
+  if (P_inv && turn_keys) to_key = Camera{*P_inv, false};
+  const Camera* key = to_key ? &*to_key : nullptr;
+  heads_fwd(k, k_weight, grid, turn_keys, key, eps, op, &k_out);
+  if (v) heads_fwd(*v, std::nullopt, grid, false, key, eps, op, &*v_out);
+  if (!q) return torch::stable::new_empty(k, {0});
+  return std::get<0>(heads_fwd(*q, q_weight, grid, true, to_query ? &*to_query : nullptr, eps, op));
 }
 
 Tensors4 qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k, const Table& q_weight,

@@ -110,7 +110,7 @@ def adaln_bwd_kernel(
         b_dy = tl.load(dy + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
         b_x = tl.load(x + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
         b_rstd = tl.load(rstd + i_row)
-        b_xhat = tl.where(m_c, (b_x - tl.load(mean + i_row)) * b_rstd, 0.0)
+        b_xhat = (b_x - tl.load(mean + i_row)) * b_rstd  # not zero beyond C, where dy and gain are
         b_dy_xhat += b_dy * b_xhat
         b_dy_sum += b_dy
         b_dx = norm_bwd(b_dy, b_xhat, b_gain, b_rstd, C, RMS)
@@ -124,6 +124,11 @@ def adaln_bwd_kernel(
 def warps(BC: int) -> int:
     """8 to 16 values of a row per thread: what the backward's six live rows leave room for."""
     return min(16, max(4, BC // 256))
+
+
+def warps_backward(BC: int, itemsize: int) -> int:
+    """A row of 32 KB spills in 16 warps of 128 registers a thread; 8 warps of 255 fill the same register file and do not."""
+    return 8 if BC * itemsize > 16384 else warps(BC)
 
 
 def tokens_per_program(tokens: int) -> int:
@@ -171,6 +176,6 @@ def adaln_bwd(
     adaln_bwd_kernel[(F * NL, B)](
         dy, x, scale, weight, mean, rstd, dx, dy_xhat, dy_sum,
         *strides(scale), L, C, S, NL,
-        RMS=rms, BL=BL, BC=BC, num_warps=warps(BC),
+        RMS=rms, BL=BL, BC=BC, num_warps=warps_backward(BC, x.element_size()),
     )  # fmt: skip
     return dx, dy_xhat.sum(2), dy_sum.sum(2)

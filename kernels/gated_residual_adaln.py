@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_ops.kernels.adaln import load_gain, load_row, norm_bwd, store_adaln, strides, tokens_per_program, warps
+from dit_ops.kernels.adaln import load_gain, load_row, norm_bwd, store_adaln, strides, tokens_per_program, warps, warps_backward
+from dit_ops.kernels.gated_residual import gated_residual_bwd
 
 
 @triton.jit
@@ -82,6 +83,11 @@ def gated_residual_adaln_bwd_kernel(
         tl.store(dgate + i_sum + o_c, b_dgate, mask=m_c)
 
 
+def too_wide_for_the_gate(x: Tensor) -> bool:
+    """A row of 32 KB: three sums of it and four rows of a token do not fit in registers, so gate and norm are two launches."""
+    return triton.next_power_of_2(x.shape[-1]) * x.element_size() > 16384
+
+
 def max_registers(BC: int) -> int | None:
     """Per thread of the backward: 80 let three programs of at most 8 warps share an SM, and one loads while another sums."""
     return 80 if BC <= 2048 else None
@@ -126,6 +132,10 @@ def gated_residual_adaln_bwd(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Without a gate dy is dx, and the dy and dgate returned are empty."""
+    if gate is not None and too_wide_for_the_gate(x_new):
+        dx, _, _, dh_xhat, dh_sum = gated_residual_adaln_bwd(dx_new, dh, x_new, y, None, scale, weight, mean, rstd, F, rms)
+        dy, dgate = gated_residual_bwd(dx, y, gate)
+        return dx, dy, dgate, dh_xhat, dh_sum
     B, L, C = x_new.shape
     S, BL = L // F, tokens_per_program(B * L)
     NL = triton.cdiv(S, BL)
@@ -137,6 +147,6 @@ def gated_residual_adaln_bwd(
     gated_residual_adaln_bwd_kernel[(F * NL, B)](
         dx_new, dh, x_new, y, gate, scale, weight, mean, rstd, dx, dy, dgate, dh_xhat, dh_sum,
         *strides(gate), *strides(scale), L, C, S, NL,
-        RMS=rms, BL=BL, BC=BC, num_warps=warps(BC), maxnreg=max_registers(BC),
+        RMS=rms, BL=BL, BC=BC, num_warps=warps_backward(BC, x_new.element_size()), maxnreg=max_registers(BC),
     )  # fmt: skip
     return dx, dy, dgate if gate is None else dgate.sum(2), dh_xhat.sum(2), dh_sum.sum(2)

@@ -93,8 +93,11 @@ def block(n: int) -> int:
     return min(1024, max(128, triton.next_power_of_2(n)))
 
 
+STEPS = ("add_noise", "flow_to_x0", "renoise", "cfg_euler_step")  # a number in the launchers: csrc/ takes no strings
+
+
 def sampler_step_fwd(
-    step: str, x: Tensor, y: Tensor, z: Tensor | None, sigma: Tensor | None, sigma_next: Tensor | None,
+    step: int, x: Tensor, y: Tensor, z: Tensor | None, sigma: Tensor | None, sigma_next: Tensor | None,
     s_value: float, t_value: float, guidance: float,
 ) -> Tensor:  # fmt: skip
     out = torch.empty_like(x)
@@ -103,21 +106,20 @@ def sampler_step_fwd(
     BN = block(n)
     NN = triton.cdiv(n, BN)
     sampler_step_fwd_kernel[(R * NN,)](
-        x, y, z, out, sigma, sigma_next, s_value, t_value, guidance, *shared, n, NN, STEP=step, BN=BN
+        x, y, z, out, sigma, sigma_next, s_value, t_value, guidance, *shared, n, NN, STEP=STEPS[step], BN=BN
     )  # fmt: skip
     return out
 
 
 def sampler_step_bwd(
-    step: str, of: str, dout: Tensor, sigma: Tensor | None, sigma_next: Tensor | None,
-    s_value: float, t_value: float, guidance: float, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    grad = torch.empty_like(dout, dtype=dtype)
+    step: int, of: int, dout: Tensor, grad: Tensor, sigma: Tensor | None, sigma_next: Tensor | None,
+    s_value: float, t_value: float, guidance: float,
+) -> None:  # fmt: skip
+    """Writes grad, the gradient of the of-th of x, y, z."""
     R, *shared = rows(sigma, sigma_next)
     n = dout.numel() // R
     BN = block(n)
     NN = triton.cdiv(n, BN)
     sampler_step_bwd_kernel[(R * NN,)](
-        dout, grad, sigma, sigma_next, s_value, t_value, guidance, *shared, n, NN, STEP=step, OF=of, BN=BN
+        dout, grad, sigma, sigma_next, s_value, t_value, guidance, *shared, n, NN, STEP=STEPS[step], OF="xyz"[of], BN=BN
     )  # fmt: skip
-    return grad

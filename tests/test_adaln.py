@@ -5,6 +5,7 @@ from op_cases import CASES, DTYPES, kernel_backends, tensors
 from torch.library import opcheck
 
 import dit_ops
+from dit_ops import _library as lib
 from dit_ops.ops.adaln import adaln_ref
 from dit_ops.testing import check_backend
 
@@ -142,6 +143,23 @@ def test_errors_name_argument_expected_and_got():
         dit_ops.adaln(x, norm="batch")
     with pytest.raises(ValueError, match="adaln: x must be floating point, got torch.int64"):
         dit_ops.adaln(x.long())
+
+
+def test_fp16_on_a_cpu_is_the_reference_and_the_kernels_say_so():
+    x = torch.randn(1, 8, 2, 16).half()
+    tokens, P = x.flatten(2), torch.eye(4).expand(1, 2, 4, 4)
+    calls = {
+        dit_ops.adaln: (tokens,),
+        dit_ops.gated_residual: (tokens, tokens, tokens[:, :1]),
+        dit_ops.gated_residual_adaln: (tokens, tokens),
+        dit_ops.prope_output: (x, P),
+    }
+    for op, args in calls.items():
+        explained = dit_ops.explain(op, *args)
+        assert explained.refused["cpu"] == "dtype is torch.float16; all fp32 or all bf16 is written"
+        assert lib.INTERPRETED or explained.backend == "reference"
+        with pytest.raises(NotImplementedError, match="dtype is torch.float16; all fp32 or all bf16 is written"):
+            op(*args, backend="cpu")
 
 
 def test_refusals_say_why(device):

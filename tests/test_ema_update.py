@@ -44,6 +44,38 @@ def test_errors_name_argument_expected_and_got():
         dit_ops.ema_update_([a.bfloat16()], [a], 0.5)
 
 
+def _update_shards(rank: int, ranks: int) -> list[torch.Tensor | str]:
+    """A linear layer sharded by FSDP2, its shadow, and one update of it; the shadow gathered, and the refusals."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (ranks,))
+    layer = fully_shard(torch.nn.Linear(4, 5), mesh=mesh)  # 5 rows on 2 ranks: 3 and 2
+    params = list(layer.parameters())
+    shadow = [distribute_tensor(torch.ones(p.shape), mesh, p.placements) for p in params]
+    shards = [s.to_local() for s in shadow]
+    dit_ops.ema_update_(shadow, params, 0.75)
+    errors = []
+    for wrong in (shards[0], distribute_tensor(torch.ones(5, 4), mesh)):
+        try:
+            dit_ops.ema_update_([wrong], params[:1], 0.75)
+        except ValueError as error:
+            errors.append(str(error))
+    assert all(s.to_local().data_ptr() == shard.data_ptr() for s, shard in zip(shadow, shards, strict=True))
+    return [*(s.full_tensor() for s in shadow), *(p.detach().full_tensor() for p in params), *errors]
+
+
+@pytest.mark.dist
+def test_shards_of_fsdp_are_updated_in_place(run_ranks):
+    for weight, bias, full_weight, full_bias, local, replicated in run_ranks(_update_shards, 2):
+        torch.testing.assert_close(weight, 0.75 + 0.25 * full_weight)
+        torch.testing.assert_close(bias, 0.75 + 0.25 * full_bias)
+        assert local.startswith("ema_update_: shadow[0] must be shaped as params[0] = [5, 4], got ")
+        assert replicated.startswith("ema_update_: shadow[0] must be placed as params[0], ") and "Replicate" in replicated
+
+
 @pytest.mark.gpu
 def test_the_kernel_on_the_gpu():
     """One launch for every tensor, which a graph replays."""

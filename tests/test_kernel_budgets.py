@@ -15,7 +15,7 @@ sys.path.append(str(ROOT))
 from tools.check_cuda import compile_kernels, nvcc  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
-REGISTERS = 128  # per thread: 512 threads fit an SM
+REGISTERS = 128  # per thread: 512 threads fit an SM; in the backward of fp32 rows beyond 16 KB, 256 threads of 255
 
 
 # What a launch at 480p passes: 21 latent frames of 1560 tokens; strides of modulation rows [1, 21, C].
@@ -30,6 +30,7 @@ def adaln(C: int, dtype: torch.dtype) -> Iterator:
     stats, tables = [FP32] * 2, [FP32] * 4
     yield adaln.adaln_fwd_kernel.warmup(dtype, *tables, dtype, *stats, *rows, *rows, L, C, S, 1e-6, **options)
     tables, sums = [FP32] * 2, [FP32] * 2
+    options["num_warps"] = adaln.warps_backward(BC, dtype.itemsize)
     yield adaln.adaln_bwd_kernel.warmup(dtype, dtype, *tables, *stats, dtype, *sums, *rows, L, C, S, 49, BL=32, **options)
 
 
@@ -49,24 +50,26 @@ def gated_residual_adaln(C: int, dtype: torch.dtype) -> Iterator:
     options = {"RMS": False, "BC": BC, "num_warps": op.warps(BC), "grid": (1,)}
     x, stats, sums = [dtype] * 2, [FP32] * 2, [FP32] * 3
     yield op.gated_residual_adaln_fwd_kernel.warmup(*x, *[FP32] * 5, *x, *stats, *rows, *rows, *rows, L, C, S, 1e-6, **options)
+    options |= {"BL": 32, "num_warps": op.warps_backward(BC, dtype.itemsize), "maxnreg": op.max_registers(BC)}
+    gate = None if op.too_wide_for_the_gate(torch.empty(C, dtype=dtype, device="meta")) else FP32
     yield op.gated_residual_adaln_bwd_kernel.warmup(
-        *x, *x, *[FP32] * 3, *stats, *x, *sums, *rows, *rows, L, C, S, 49, BL=32, maxnreg=op.max_registers(BC), **options
+        *x, *x, gate, FP32, FP32, *stats, *x, *sums, *rows, *rows, L, C, S, 49, **options
     )
 
 
-def within_budget(kernel) -> None:
+def within_budget(kernel, most: int) -> None:
     from tools.offline_triton import report
 
     used = report(kernel)
     assert used["stack"] == used["LDL"] == used["STL"] == 0, f"{kernel.name} spills: {used}"
-    assert used["registers"] <= REGISTERS, f"{kernel.name}: {used}"
+    assert used["registers"] <= most and used["registers"] * used["warps"] <= 16 * REGISTERS, f"{kernel.name}: {used}"
     assert used["LDG.E.128"] and used["STG.E.128"], f"{kernel.name} has no 128-bit accesses: {used}"
 
 
 @pytest.mark.skipif(
     bool(lib.MISSING["triton"]) or lib.INTERPRETED, reason=lib.MISSING["triton"] or "the interpreter compiles nothing"
 )
-@pytest.mark.parametrize("C, dtype", [(1536, BF16), (5120, BF16), (8192, BF16), (1536, FP32), (3072, FP32)], ids=str)
+@pytest.mark.parametrize("C, dtype", [(C, dtype) for C in (1536, 3072, 5120, 8192) for dtype in (BF16, FP32)], ids=str)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("kernels", [adaln, gated_residual, gated_residual_adaln], ids=lambda kernels: kernels.__name__)
 def test_triton(kernels, capability, C, dtype):
@@ -76,7 +79,8 @@ def test_triton(kernels, capability, C, dtype):
     with offline_driver(capability):
         for kernel in kernels(C, dtype):
             assert kernel.metadata.target.arch == capability
-            within_budget(kernel)
+            wide = C * dtype.itemsize > 16384 and "bwd" in kernel.name
+            within_budget(kernel, 255 if wide else REGISTERS)
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda")
@@ -84,9 +88,9 @@ def test_triton(kernels, capability, C, dtype):
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda source: source.stem)
 def test_cuda(source, arch):
     kernels = compile_kernels(source, arch)
-    assert kernels
+    assert any("fwd" in name for name in kernels) and any("bwd" in name for name in kernels)
     for name, used in kernels.items():
         assert used["stack"] == used["spill"] == 0, f"{name} spills: {used}"
         assert used["registers"] <= REGISTERS, f"{name}: {used}"
-        if "LDG.E.128" in used:
-            assert used["LDG.E.128"] >= 4 and used["STG.E.128"] >= 1, f"{name}: {used}"
+        if "LDG.E.128" in used and not name.endswith(", 1>"):  # of a row that is not aligned, a thread takes one value
+            assert used["LDG.E.128"] >= (4 if "adaln" in name else 1) and used["STG.E.128"] >= 1, f"{name}: {used}"

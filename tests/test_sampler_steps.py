@@ -1,5 +1,6 @@
 import pytest
 import torch
+from op_cases import kernel_backends
 
 import dit_ops
 from dit_ops.testing import check_backend
@@ -94,16 +95,39 @@ KERNELS = {
 }
 
 
+def test_cuda_takes_fp32_latents_with_half_precision_branches_and_no_other_mixture():
+    x, y = torch.randn(2, 3), torch.randn(2, 3).bfloat16()
+    reason = lambda *a: dit_ops.explain(dit_ops.renoise, *a, 0.5, 0.25).refused["cuda"]
+    assert "all alike, or fp32 first" not in reason(x, y, y)
+    for mixture in ((y, x, x), (x, y, x), (y, y, x), (y, y.half(), y.half())):
+        assert "all alike, or fp32 first with alike others, is written" in reason(*mixture)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("n", [1000, 1001])
 @pytest.mark.parametrize("step", KERNELS)
-def test_kernels_on_the_gpu(step):
+def test_cuda_kernels_take_fp32_latents_and_rows_of_any_length(step, n, device):
+    names = "xy" if step in ("add_noise", "flow_to_x0") else "xyz"
+    args = {name: torch.randn(2, 3, n, device=device) for name in names}
+    args |= {name: t.bfloat16() for name, t in args.items() if name != "x"}
+    for levels in (torch.rand(2, 3, device=device), torch.rand(2, device=device), 0.75):
+        fn = lambda backend, z=None, levels=levels, **t: KERNELS[step](z=z, s=levels, **t, backend=backend)
+        for backend in kernel_backends(device, "cuda", "triton"):
+            check_backend(fn, args, [torch.randn(2, 3, n, device=device)], backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("step", KERNELS)
+def test_kernels_on_the_gpu(step, backend, device):
     """Within rounding with gradients, the same bits twice, one launch, graph capture and a whole compiled graph."""
+    kernel_backends(device, backend)
     names = "xys" if step in ("add_noise", "flow_to_x0") else "xyzs"
     tensors = {n: torch.randn(2, 3, 1000, device="cuda").bfloat16() for n in names if n != "s"}
     fn = lambda backend, z=None, **t: KERNELS[step](z=z, **t, backend=backend)
     levels = torch.rand(2, 3, device="cuda")
-    check_backend(fn, tensors | {"s": levels}, [torch.randn(2, 3, 1000, device="cuda").bfloat16()], "triton")
-    call = lambda: fn("triton", s=levels, **tensors)
+    check_backend(fn, tensors | {"s": levels}, [torch.randn(2, 3, 1000, device="cuda").bfloat16()], backend)
+    call = lambda: fn(backend, s=levels, **tensors)
     want = call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         assert torch.equal(call(), want)

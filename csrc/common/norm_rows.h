@@ -63,20 +63,38 @@ DIT_INLINE void fold_modulation(const float* weight, const float* bias, const fl
   }
 }
 
-DIT_INLINE void row_stats(const float* __restrict row, int64_t C, float eps, bool rms, float& mean, float& rstd) {
-  float sum = 0, squares = 0;
-  if (!rms) {
+// A sum over a row has kLanes partial sums, so that no addition waits for the one before it.
+constexpr int kLanes = 64;
+
+// sum of (row - center) or of its square
+template <bool SQUARED>
+DIT_INLINE float sum_row(const float* __restrict row, int64_t C, float center) {
+  float lanes[kLanes] = {};
+  for (int64_t first = 0; first < C; first += kLanes) {
+    if (C - first >= kLanes) {  // a number of turns that is known, so that the partial sums stay in registers
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i) {
+        const float centered = row[first + i] - center;
+        lanes[i] += SQUARED ? centered * centered : centered;
+      }
+    } else {
+#pragma omp simd
+      for (int i = 0; i < C - first; ++i) {
+        const float centered = row[first + i] - center;
+        lanes[i] += SQUARED ? centered * centered : centered;
+      }
+    }
+  }
+  float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < C; ++c) sum += row[c];
-  }
-  mean = sum / static_cast<float>(C);
-  const float center = mean;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t c = 0; c < C; ++c) {
-    const float centered = row[c] - center;
-    squares += centered * centered;
-  }
-  rstd = 1.f / std::sqrt(squares / static_cast<float>(C) + eps);
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+
+DIT_INLINE void row_stats(const float* __restrict row, int64_t C, float eps, bool rms, float& mean, float& rstd) {
+  const float center = rms ? 0.f : sum_row<false>(row, C, 0.f) / static_cast<float>(C);
+  mean = center;
+  rstd = 1.f / std::sqrt(sum_row<true>(row, C, center) / static_cast<float>(C) + eps);
 }
 
 template <typename T>

@@ -37,7 +37,14 @@ __device__ __forceinline__ void store(T* __restrict__ p, const float (&v)[N]) {
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) narrow(v[i], pack.values[i]);
-  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+  if constexpr (sizeof(pack) % 16 == 0) {  // a plain store of 16-bit values may become four of 4 bytes
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) {
+      __stwb(reinterpret_cast<uint4*>(p) + i, reinterpret_cast<const uint4*>(&pack)[i]);
+    }
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+  }
 }
 
 }  // namespace dit

@@ -119,12 +119,17 @@ def gpu_refuses(backend: str, x: Tensor, *rows: Tensor | None) -> str | None:
     return lib.refuses(backend, x) or rows_refuse(*rows)
 
 
-def _cuda_refuses(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> str | None:
+def cuda_refuses(x: Tensor, *rows: Tensor | None) -> str | None:
+    """What the CUDA kernels of adaln and gated_residual_adaln cannot take."""
     vector = 16 // x.element_size()
-    refused = gpu_refuses("cuda", x, scale, shift)
+    refused = gpu_refuses("cuda", x, *rows)
     if refused is None and x.shape[-1] % vector:
         return f"C = {x.shape[-1]}: 16-byte accesses need a multiple of {vector}"
     return refused
+
+
+def _cuda_refuses(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> str | None:
+    return cuda_refuses(x, scale, shift)
 
 
 def _triton_refuses(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> str | None:

@@ -8,7 +8,10 @@ from dit_ops import _library as lib
 
 @torch.no_grad()
 def ema_update_(shadow: list[Tensor], params: list[Tensor], decay: float, *, backend: str | None = None) -> None:
-    """shadow <- decay * shadow + (1 - decay) * param, in place and in shadow's dtype; shadow is fp32, params of any dtype."""
+    """shadow <- decay * shadow + (1 - decay) * param, in place and in shadow's dtype; shadow is fp32, params of any dtype.
+
+    DTensors, such as FSDP2's parameters, are updated shard by shard: shadow and param are placed alike, no rank communicates.
+    """
     op = "ema_update_"
     if not 0 <= decay <= 1:
         raise ValueError(f"{op}: decay must be in [0, 1], got {decay}")
@@ -19,11 +22,25 @@ def ema_update_(shadow: list[Tensor], params: list[Tensor], decay: float, *, bac
             raise ValueError(f"{op}: shadow[{i}] must be shaped as params[{i}] = {list(p.shape)}, got {list(s.shape)}")
         if s.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{op}: shadow[{i}] must be fp32 (a bf16 shadow loses every small update), got {s.dtype}")
+        if placement(s) != placement(p):
+            raise ValueError(f"{op}: shadow[{i}] must be placed as params[{i}], {placement(p)}, got {placement(s)}")
+    shadow, params = [local(t) for t in shadow], [local(t) for t in params]
     backend = lib.choose(op, backend, REFUSES, shadow, params)
     if backend == "reference":
         ema_update_ref(shadow, params, decay)
     elif shadow:
         _ema_update(shadow, params, decay, backend)
+
+
+def placement(tensor: Tensor) -> tuple | None:
+    """Mesh and placements of a DTensor; None for a plain tensor."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return None if mesh is None else (mesh, tensor.placements)  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if placement(tensor) is not None else tensor  # type: ignore[attr-defined]
 
 
 def ema_update_ref(shadow: list[Tensor], params: list[Tensor], decay: float) -> None:

@@ -9,6 +9,7 @@ from dit_ops.ops.adaln import (
     check_norm,
     check_rows,
     cpu_refuses,
+    cuda_refuses,
     gpu_refuses,
     kernel_tables,
     rows_refuse,
@@ -63,6 +64,12 @@ def gated_residual_adaln_ref(
     return x_new, adaln_ref(x_new, scale, shift, norm, weight, bias, eps)
 
 
+def _cuda_refuses(x: Tensor, y: Tensor, *rows: Tensor | None) -> str | None:
+    if y.dtype != x.dtype:
+        return f"dtypes are {x.dtype} and {y.dtype}: x and y alike is written"
+    return cuda_refuses(x, *rows)
+
+
 def _triton_refuses(x: Tensor, y: Tensor, *rows: Tensor | None) -> str | None:
     return gpu_refuses("triton", x, *rows) or lib.refuses("triton", y)
 
@@ -71,7 +78,7 @@ def _cpu_refuses(x: Tensor, y: Tensor, *rows: Tensor | None) -> str | None:
     return cpu_refuses(x, y) or rows_refuse(*rows)
 
 
-REFUSES = {"triton": _triton_refuses, "cpu": _cpu_refuses}
+REFUSES = {"cuda": _cuda_refuses, "triton": _triton_refuses, "cpu": _cpu_refuses}
 
 
 def _fwd(x, y, gate, scale, shift, weight, bias, rms, eps, backend):

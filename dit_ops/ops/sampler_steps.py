@@ -10,6 +10,7 @@ from torch import Tensor
 from dit_ops import _library as lib
 
 Sigma = float | Tensor
+STEPS = ("add_noise", "flow_to_x0", "renoise", "cfg_euler_step")  # kernels know them by number
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Sigma, *, backend: str | None = None) -> Tensor:
@@ -98,13 +99,23 @@ def _triton_refuses(*tensors: Tensor) -> str | None:
     return next((refused for refused in (lib.refuses("triton", t) for t in tensors) if refused), None)
 
 
-REFUSES = {"triton": _triton_refuses}
+def _cuda_refuses(*tensors: Tensor) -> str | None:
+    x, *branches = tensors
+    dtypes = {b.dtype for b in branches}
+    if len(dtypes) > 1 or (x.dtype not in dtypes and x.dtype != torch.float32):
+        others = ", ".join(sorted(map(str, dtypes)))
+        return f"dtype is {x.dtype} with {others}: all alike, or fp32 first with alike others, is written"
+    return next((refused for refused in (lib.refuses("cuda", t) for t in tensors) if refused), None)
+
+
+REFUSES = {"cuda": _cuda_refuses, "triton": _triton_refuses}
 
 
 def _fwd(step, x, y, z, sigma, sigma_next, s, t, guidance, backend):
     if x.numel() == 0:
         return torch.empty_like(x)
-    return lib.kernel(backend, "sampler_steps", "sampler_step_fwd")(step, x, y, z, sigma, sigma_next, s, t, guidance)
+    launch = lib.kernel(backend, "sampler_steps", "sampler_step_fwd")
+    return launch(STEPS.index(step), x, y, z, sigma, sigma_next, s, t, guidance)
 
 
 def _fwd_fake(step, x, y, z, sigma, sigma_next, s, t, guidance, backend):
@@ -112,9 +123,11 @@ def _fwd_fake(step, x, y, z, sigma, sigma_next, s, t, guidance, backend):
 
 
 def _bwd(step, of, dout, sigma, sigma_next, s, t, guidance, dtype, backend):
-    if dout.numel() == 0:
-        return torch.empty_like(dout, dtype=dtype)
-    return lib.kernel(backend, "sampler_steps", "sampler_step_bwd")(step, of, dout, sigma, sigma_next, s, t, guidance, dtype)
+    grad = torch.empty_like(dout, dtype=dtype)
+    if dout.numel():
+        launch = lib.kernel(backend, "sampler_steps", "sampler_step_bwd")
+        launch(STEPS.index(step), "xyz".index(of), dout, grad, sigma, sigma_next, s, t, guidance)
+    return grad
 
 
 def _bwd_fake(step, of, dout, sigma, sigma_next, s, t, guidance, dtype, backend):

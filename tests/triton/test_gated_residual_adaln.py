@@ -41,6 +41,13 @@ def test_backward_sums_over_several_programs():
     check(branches(Case(2, 36, 24, 2, "layer", True)))  # two frames of 16 + 2 tokens
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_fp32_rows_that_fill_the_registers(gated):
+    """Beyond 16 KB a row, gate and norm of the backward are two launches."""
+    case = branches(Case(1, 6, 4104, 2, "layer", True))
+    check(case if gated else case | {"gate": None})
+
+
 def test_branch_of_another_dtype():
     args = branches(FULL, torch.float16)
     check(args | {"y": args["y"].float(), "scale": args["scale"].half()})

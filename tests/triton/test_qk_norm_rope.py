@@ -6,6 +6,7 @@ from op_cases import head_case
 
 import dit_ops
 from dit_ops import _library as lib
+from dit_ops.ops.qk_norm_rope import rms_norm_ref
 from dit_ops.rope import Rope3D
 from dit_ops.testing import check_backend, run_with_grads
 
@@ -60,6 +61,28 @@ def test_only_one_of_the_two_is_normed():
     for weights in ((weight, None), (None, weight)):
         got = dit_ops.qk_norm_rope(q, k, *weights, tables(16), GRID, backend="triton")
         torch.testing.assert_close(got, dit_ops.qk_norm_rope(q, k, *weights, tables(16), GRID, backend="reference"))
+
+
+@pytest.mark.parametrize("turn_keys", [True, False])
+def test_writes_keys_and_values_into_slots_of_a_cache(turn_keys):
+    q, k, v = torch.randn(3, 2, 12, 3, 16).bfloat16()
+    args = (q, k, torch.randn(48), torch.randn(16), tables(16), GRID)
+    turned = dit_ops.qk_norm_rope(*args, backend="triton")
+    for shape in ((2, 20, 3, 16), (2, 3, 20, 16)):
+        caches = [torch.full(shape, 7.0, dtype=torch.bfloat16) for _ in "kv"]
+        caches = [c if shape[2] == 3 else c.transpose(1, 2) for c in caches]
+        slots = [c[:, 5:17] for c in caches]
+        options = {"k_out": slots[0], "v_out": slots[1], "turn_keys": turn_keys, "backend": "triton"}
+        got = dit_ops.qk_norm_rope(*args, v=v, **options)
+        assert torch.equal(got[0], turned[0]) and torch.equal(slots[1], v)
+        if turn_keys:
+            assert torch.equal(slots[0], turned[1])
+        else:
+            torch.testing.assert_close(slots[0], rms_norm_ref(k, args[3], 1e-6).bfloat16(), rtol=1e-2, atol=0)
+        assert all((c[:, :5] == 7).all() and (c[:, 17:] == 7).all() for c in caches)
+    only_keys = torch.full_like(k, 7.0)
+    queries, _ = dit_ops.qk_norm_rope(*args, k_out=only_keys, backend="triton")
+    assert torch.equal(queries, turned[0]) and torch.equal(only_keys, turned[1])
 
 
 def test_zero_tokens():

@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 import dit_ops
 from dit_ops import _library as lib
+from dit_ops.ops.qk_norm_rope_prope import turn_keys_values
 from dit_ops.rope import Rope3D
 from dit_ops.testing import check_backend, run_with_grads
 
@@ -86,12 +87,36 @@ def test_writes_keys_and_values_into_slots_of_a_cache(N, D):
             assert (cache[:, :5] == 7).all() and (cache[:, 17:] == 7).all()
 
 
+@pytest.mark.parametrize("N, D", [(2, 16), (3, 24)])
+def test_keys_and_values_are_turned_when_read(N, D):
+    """Stored as N heads in slots of a cache, then turned from there into slots of another one, as when turned before."""
+    q, k, v = torch.randn(3, 2, 12, N, D)
+    P, P_inv = torch.randn(2, 2, 2, 4, 4)
+    args = (q, k, v, torch.randn(N * D), torch.randn(D), tables(D), GRID, P, P_inv)
+    want = dit_ops.qk_norm_rope_prope(*args, backend="triton")
+    raw, turned = torch.full((2, 2, 20, N, D), 7.0), torch.full((2, 2, 2 * N, 20, D), 7.0).transpose(2, 3)
+    stored, out = raw[:, :, 5:17], turned[:, :, 2:14]
+    q2, *_ = dit_ops.qk_norm_rope_prope(*args, k_out=stored[0], v_out=stored[1], turn_keys=False, backend="triton")
+    assert torch.equal(q2, want[0]) and torch.equal(stored[1], v)
+    turn_keys_values(*stored, tables(D), GRID, P_inv, *out, backend="triton")
+    torch.testing.assert_close(out[0], want[1])
+    torch.testing.assert_close(out[1], want[2])
+    assert (raw[:, :, :5] == 7).all() and (raw[:, :, 17:] == 7).all()
+    assert (turned[:, :, :2] == 7).all() and (turned[:, :, 14:] == 7).all()
+    turn_keys_values(stored[0], None, tables(D), GRID, None, out[0][:, :, :N], None, backend="triton")
+    torch.testing.assert_close(out[0][:, :, :N], want[1][:, :, :N])
+
+
 def test_op_that_writes_into_slots_is_well_registered():
     q, k, v = torch.randn(3, 1, 12, 2, 16)
     slots = torch.zeros(2, 1, 20, 4, 16)[:, :, 3:15]
     P, P_inv = torch.randn(2, 1, 2, 4, 4)
-    op = torch.ops.dit_ops.qk_norm_rope_prope_into.default
-    opcheck(op, (q, k, v, None, None, *tables(16), P, P_inv, *slots, *GRID, 1e-6, 0, "triton"), test_utils=OPCHECKS)
+    op, end = torch.ops.dit_ops.qk_norm_rope_into.default, (*GRID, 1e-6, 0)
+    opcheck(op, (q, k, v, None, None, *tables(16), P, P_inv, *slots, *end, True, "triton"), test_utils=OPCHECKS)
+    one_path = slots[..., :2, :]
+    opcheck(op, (q, k, v, None, None, *tables(16), P, P_inv, *one_path, *end, False, "triton"), test_utils=OPCHECKS)
+    keys = (None, k, None, None, None, *tables(16), None, None, one_path[0], None)
+    opcheck(op, (*keys, *end, True, "triton"), test_utils=OPCHECKS)
 
 
 def test_triton_comes_first_here():

@@ -1,0 +1,54 @@
+// Launches of gated_residual_adaln: picks the kernel by dtypes and by how many vectors a row has.
+#include "common/dispatch.cuh"
+#include "gated_residual_adaln.cuh"
+
+namespace dit {
+namespace {
+
+template <typename T, typename TT>
+cudaError_t forward(const GatedResidualAdalnForward& a, cudaStream_t stream) {
+  const int vectors = a.norm.C / kVector<T>;
+  const dim3 grid(a.norm.L, a.norm.B);
+  if (vectors <= 256) {
+    gated_residual_adaln_fwd_kernel<T, TT, 1, 256><<<grid, threads(vectors, 1), 0, stream>>>(a);
+  } else if (vectors <= 1024) {
+    gated_residual_adaln_fwd_kernel<T, TT, 2, 512><<<grid, threads(vectors, 2), 0, stream>>>(a);
+  } else if constexpr (sizeof(T) == 4) {
+    gated_residual_adaln_fwd_kernel<T, TT, 4, 512><<<grid, threads(vectors, 4), 0, stream>>>(a);
+  } else {
+    return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+
+template <typename T, typename TT>
+cudaError_t backward(const GatedResidualAdalnBackward& a, cudaStream_t stream) {
+  const int vectors = a.norm.C / kVector<T>;
+  const dim3 grid(a.norm.L / a.norm.group * a.norm.chunks, a.norm.B);
+  if (vectors <= 256) {
+    gated_residual_adaln_bwd_kernel<T, TT, 1, 256><<<grid, threads(vectors, 1), 0, stream>>>(a);
+  } else if (vectors <= 1024) {
+    gated_residual_adaln_bwd_kernel<T, TT, 2, 512><<<grid, threads(vectors, 2), 0, stream>>>(a);
+  } else if constexpr (sizeof(T) == 4) {
+    gated_residual_adaln_bwd_kernel<T, TT, 4, 512><<<grid, threads(vectors, 4), 0, stream>>>(a);
+  } else {
+    return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t gated_residual_adaln_fwd(const GatedResidualAdalnForward& a, Dtype dtype, bool tables_as_x, cudaStream_t stream) {
+  return with_types(dtype, tables_as_x, [&](auto* x, auto* table) {
+    return forward<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(table)>>(a, stream);
+  });
+}
+
+cudaError_t gated_residual_adaln_bwd(const GatedResidualAdalnBackward& a, Dtype dtype, bool tables_as_x, cudaStream_t stream) {
+  return with_types(dtype, tables_as_x, [&](auto* x, auto* table) {
+    return backward<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(table)>>(a, stream);
+  });
+}
+
+}  // namespace dit
