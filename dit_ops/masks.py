@@ -59,6 +59,34 @@ class Full(Mask):
         return ((0, self.queries, merge([(0, self.keys)])),) if self.queries else ()
 
 
+@dataclass(frozen=True)
+class Intervals(Mask):
+    """A mask given by its rows, such as the text of one sample and the frames of a cache without the padding in between.
+
+    rows must cover the queries in order, with key intervals sorted, disjoint and not empty.
+    """
+
+    rows: tuple[Row, ...]
+    queries: int  # type: ignore[misc]
+    keys: int  # type: ignore[misc]
+
+    def __post_init__(self):
+        at = 0
+        for q0, q1, ranges in self.rows:
+            if q0 != at or q1 <= q0:
+                raise ValueError(f"Intervals: rows must cover the queries in order, got [{q0}, {q1}) after query {at}")
+            if merge(list(ranges)) != tuple(ranges) or any(k0 < 0 or k1 > self.keys for k0, k1 in ranges):
+                raise ValueError(
+                    f"Intervals: rows must hold sorted, disjoint, non-empty key intervals in [0, {self.keys}), got {ranges}"
+                )
+            at = q1
+        if at != self.queries:
+            raise ValueError(f"Intervals: rows must cover {self.queries} queries, got {at}")
+
+    def intervals(self) -> tuple[Row, ...]:
+        return self.rows
+
+
 class _VideoMask(Mask):
     """Queries and keys are the same sequence; the text prefix sees itself, everyone sees the prefix."""
 

@@ -2,8 +2,9 @@
 
 x: [B, L, N, D], unit stride over D    weight: [N * D] or [D]    rstd: [B, L, 1] or [B, L, N] fp32
 rope_t, rope_h, rope_w: contiguous [positions, D_axis / 2, 2]: a row is the (cos, sin) of the axis's channels, pair by pair
-Forward: one program per token and tensor, its heads [BN, BD] in registers. Backward: one program per chunk of BL tokens of one
-frame and per tensor; it sums its share of the weight's gradient, the chunks are summed after it: the same bits every run.
+Forward: one program per token and tensor, its heads [BN, BD] in registers; "into" writes keys and values into views, such as
+the slots of a cache. Backward: one program per chunk of BL tokens of one frame and per tensor; it sums its share of the
+weight's gradient, the chunks are summed after it: the same bits every run.
 """
 
 import torch
@@ -217,6 +218,36 @@ def qk_norm_rope_fwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=RUNTIME[:-1])
+def qk_norm_rope_into_kernel(
+    q, k, v, q_weight, k_weight, q_out, k_out, v_out, q_rope_t, k_rope_t, rope_h, rope_w, P, P_inv,
+    q_b, q_l, k_b, k_l, v_b, v_l, q_out_b, q_out_l, k_out_b, k_out_l, v_out_b, v_out_l,
+    P_b, P_f, P_r, P_c, I_b, I_f, I_r, I_c, L, F, H, W, start_frame, eps,
+    Q_N: tl.constexpr, K_N: tl.constexpr, V_N: tl.constexpr, K_OUT_N: tl.constexpr, V_OUT_N: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, AT: tl.constexpr, AH: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Keys and values into views k_out, v_out of any strides. May be absent: q, v, P, P_inv; k_rope_t: keys are not turned."""
+    V_PROGRAM: tl.constexpr = -1 if v is None else 1
+    if tl.program_id(1) == 0:
+        heads_fwd(
+            k, k_weight, k_out, None, k_rope_t, rope_h, rope_w, P_inv, k_b, k_l, k_out_b, k_out_l, I_b, I_f, I_r, I_c,
+            L, F, H, W, start_frame, eps, K_N, K_OUT_N, N, D, AT, AH, K_HEAD, BN, BD,
+        )  # fmt: skip
+    elif tl.program_id(1) == V_PROGRAM:
+        if v is not None:
+            heads_fwd(
+                v, None, v_out, None, None, None, None, P_inv, v_b, v_l, v_out_b, v_out_l, I_b, I_f, I_r, I_c,
+                L, F, H, W, start_frame, eps, V_N, V_OUT_N, N, D, AT, AH, False, BN, BD,
+            )  # fmt: skip
+    else:
+        if q is not None:
+            heads_fwd(
+                q, q_weight, q_out, None, q_rope_t, rope_h, rope_w, P, q_b, q_l, q_out_b, q_out_l, P_b, P_f, P_c, P_r,
+                L, F, H, W, start_frame, eps, Q_N, D, N, D, AT, AH, Q_HEAD, BN, BD,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def qk_norm_rope_bwd_kernel(
     dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, dq, dk, dq_weight, dk_weight, rope_t, rope_h, rope_w,
@@ -279,6 +310,28 @@ def qk_norm_rope_fwd(
         Q_HEAD=is_per_head(q_weight, D), K_HEAD=is_per_head(k_weight, D), **tile(N, D, 16),
     )  # fmt: skip
     return q_out, k_out, q_rstd, k_rstd
+
+
+def qk_norm_rope_into_fwd(
+    q: Tensor | None, k: Tensor, v: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None,
+    rope_t: Tensor, rope_h: Tensor, rope_w: Tensor, P: Tensor | None, P_inv: Tensor | None,
+    k_out: Tensor, v_out: Tensor | None, F: int, H: int, W: int, eps: float, start_frame: int, turn_keys: bool,
+) -> Tensor:  # fmt: skip
+    B, L, N, D = k.shape
+    paths = 1 if P is None else 2
+    q_out = k.new_empty(0) if q is None else q.new_empty(B, L, paths * N, D)
+    tensors = (q, k, v, None if q is None else q_out, k_out, v_out)
+    strides = [stride for t in tensors for stride in ((0, 0) if t is None else t.stride()[:2])]
+    k_rope_t, P_inv = (rope_t, P_inv) if turn_keys else (None, None)
+    cameras = [stride for M in (P, P_inv) for stride in ((0,) * 4 if M is None else M.stride())]
+    q_n, k_n, v_n, _, k_out_n, v_out_n = (0 if t is None else t.stride(2) for t in tensors)
+    qk_norm_rope_into_kernel[(L, 1 + (v is not None) + (q is not None), B)](
+        q, k, v, q_weight, k_weight, q_out, k_out, v_out, rope_t, k_rope_t, rope_h, rope_w, P, P_inv,
+        *strides, *cameras, L, F, H, W, start_frame, eps,
+        Q_N=q_n, K_N=k_n, V_N=v_n, K_OUT_N=k_out_n, V_OUT_N=v_out_n, N=N, D=D, **axes(rope_t, rope_h),
+        Q_HEAD=is_per_head(q_weight, D), K_HEAD=is_per_head(k_weight, D), **tile(N, D, 16),
+    )  # fmt: skip
+    return q_out
 
 
 def qk_norm_rope_bwd(

@@ -24,26 +24,25 @@ from dit_ops.kernels.qk_norm_rope import (
 @triton.jit(do_not_specialize=RUNTIME[:-1])
 def qk_norm_rope_prope_fwd_kernel(
     q, k, v, q_weight, k_weight, q2, k2, v2, q_rstd, k_rstd, rope_t, rope_h, rope_w, P, P_inv,
-    q_b, q_l, k_b, k_l, v_b, v_l, q2_b, q2_l, k2_b, k2_l, v2_b, v2_l,
-    P_b, P_f, P_r, P_c, I_b, I_f, I_r, I_c, L, F, H, W, start_frame, eps,
-    Q_N: tl.constexpr, K_N: tl.constexpr, V_N: tl.constexpr, K2_N: tl.constexpr, V2_N: tl.constexpr,
+    q_b, q_l, k_b, k_l, v_b, v_l, out_b, P_b, P_f, P_r, P_c, I_b, I_f, I_r, I_c, L, F, H, W, start_frame, eps,
+    Q_N: tl.constexpr, K_N: tl.constexpr, V_N: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, AT: tl.constexpr, AH: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
         heads_fwd(
-            q, q_weight, q2, q_rstd, rope_t, rope_h, rope_w, P, q_b, q_l, q2_b, q2_l, P_b, P_f, P_c, P_r,
+            q, q_weight, q2, q_rstd, rope_t, rope_h, rope_w, P, q_b, q_l, out_b, 2 * N * D, P_b, P_f, P_c, P_r,
             L, F, H, W, start_frame, eps, Q_N, D, N, D, AT, AH, Q_HEAD, BN, BD,
         )  # fmt: skip
     elif tl.program_id(1) == 1:
         heads_fwd(
-            k, k_weight, k2, k_rstd, rope_t, rope_h, rope_w, P_inv, k_b, k_l, k2_b, k2_l, I_b, I_f, I_r, I_c,
-            L, F, H, W, start_frame, eps, K_N, K2_N, N, D, AT, AH, K_HEAD, BN, BD,
+            k, k_weight, k2, k_rstd, rope_t, rope_h, rope_w, P_inv, k_b, k_l, out_b, 2 * N * D, I_b, I_f, I_r, I_c,
+            L, F, H, W, start_frame, eps, K_N, D, N, D, AT, AH, K_HEAD, BN, BD,
         )  # fmt: skip
     else:
         heads_fwd(
-            v, None, v2, None, None, None, None, P_inv, v_b, v_l, v2_b, v2_l, I_b, I_f, I_r, I_c,
-            L, F, H, W, start_frame, eps, V_N, V2_N, N, D, AT, AH, False, BN, BD,
+            v, None, v2, None, None, None, None, P_inv, v_b, v_l, out_b, 2 * N * D, I_b, I_f, I_r, I_c,
+            L, F, H, W, start_frame, eps, V_N, D, N, D, AT, AH, False, BN, BD,
         )  # fmt: skip
 
 
@@ -80,34 +79,19 @@ def qk_norm_rope_prope_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, L, N, D = q.shape
     q2, k2, v2 = (t.new_empty(B, L, 2 * N, D) for t in (q, k, v))
-    outs = q2, k2, v2, new_rstd(q, q_weight), new_rstd(k, k_weight)
-    launch_fwd(q, k, v, q_weight, k_weight, *outs, rope_t, rope_h, rope_w, P, P_inv, F, H, W, eps, start_frame)
-    return outs
-
-
-def qk_norm_rope_prope_into_fwd(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    rope_t: Tensor, rope_h: Tensor, rope_w: Tensor, P: Tensor, P_inv: Tensor, k2: Tensor, v2: Tensor,
-    F: int, H: int, W: int, eps: float, start_frame: int,
-) -> Tensor:  # fmt: skip
-    B, L, N, D = q.shape
-    q2 = q.new_empty(B, L, 2 * N, D)
-    outs = q2, k2, v2, None, None
-    launch_fwd(q, k, v, q_weight, k_weight, *outs, rope_t, rope_h, rope_w, P, P_inv, F, H, W, eps, start_frame)
-    return q2
-
-
-def launch_fwd(
-    q, k, v, q_weight, k_weight, q2, k2, v2, q_rstd, k_rstd, rope_t, rope_h, rope_w, P, P_inv, F, H, W, eps, start_frame
-):
-    B, L, N, D = q.shape
-    strides = (stride for t in (q, k, v, q2, k2, v2) for stride in t.stride()[:2])
+    q_rstd, k_rstd = new_rstd(q, q_weight), new_rstd(k, k_weight)
     qk_norm_rope_prope_fwd_kernel[(L, 3, B)](
         q, k, v, q_weight, k_weight, q2, k2, v2, q_rstd, k_rstd, rope_t, rope_h, rope_w, P, P_inv,
-        *strides, *P.stride(), *P_inv.stride(), L, F, H, W, start_frame, eps,
-        Q_N=q.stride(2), K_N=k.stride(2), V_N=v.stride(2), K2_N=k2.stride(2), V2_N=v2.stride(2), N=N, D=D,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], L * 2 * N * D, *P.stride(), *P_inv.stride(),
+        L, F, H, W, start_frame, eps, Q_N=q.stride(2), K_N=k.stride(2), V_N=v.stride(2), N=N, D=D,
         **axes(rope_t, rope_h), Q_HEAD=is_per_head(q_weight, D), K_HEAD=is_per_head(k_weight, D), **tile(N, D, 16),
     )  # fmt: skip
+    return q2, k2, v2, q_rstd, k_rstd
+
+
+def backward_tile(N: int, D: int, per_head: bool) -> dict[str, int]:
+    """Half the warps, with twice the registers, where a row of statistics per head would spill."""
+    return tile(N, D, 32 if per_head and N * D > 4096 else 16)
 
 
 def qk_norm_rope_prope_bwd(
@@ -126,6 +110,7 @@ def qk_norm_rope_prope_bwd(
         rope_t, rope_h, rope_w, P, P_inv,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *P.stride(), *P_inv.stride(), L, F, H, W, start_frame, NL,
         Q_N=q.stride(2), K_N=k.stride(2), V_N=v.stride(2), N=N, D=D, **axes(rope_t, rope_h),
-        Q_HEAD=is_per_head(q_weight, D), K_HEAD=is_per_head(k_weight, D), BL=BL, **tile(N, D, 16),
+        Q_HEAD=is_per_head(q_weight, D), K_HEAD=is_per_head(k_weight, D), BL=BL,
+        **backward_tile(N, D, is_per_head(q_weight, D)),
     )  # fmt: skip
     return dq, dk, dv, dq_weight.sum(0), dk_weight.sum(0)

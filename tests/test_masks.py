@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_ops.layout import VideoLayout
-from dit_ops.masks import BlockCausal, Full, TeacherForcing
+from dit_ops.masks import BlockCausal, Full, Intervals, TeacherForcing
 
 layouts = st.builds(
     VideoLayout,
@@ -77,6 +77,15 @@ def test_full():
     assert Full(3, 0).intervals() == ((0, 3, ()),)
 
 
+def test_intervals_are_their_rows():
+    rows = ((0, 2, ((1, 3), (4, 6))), (2, 3, ()))
+    mask = Intervals(rows, 3, 6)
+    assert mask.intervals() == rows and mask.pairs() == 8
+    assert mask.dense().tolist() == [[False, True, True, False, True, True]] * 2 + [[False] * 6]
+    assert mask == Intervals(rows, 3, 6) and hash(mask) == hash(Intervals(rows, 3, 6))
+    assert Intervals(TeacherForcing(VideoLayout(3, 1, 2, 1, halves=2)).intervals(), 12, 12).pairs() == 48
+
+
 def test_a_shorter_last_block_never_leaks():
     """Five frames in blocks of two: the last clean block must stop at the clean half's end."""
     layout = VideoLayout(5, 1, 1, 2, halves=2)
@@ -92,6 +101,15 @@ def test_a_shorter_last_block_never_leaks():
         (lambda: VideoLayout(2, 1, 1, halves=3), "halves must be 1 or 2, got 3"),
         (lambda: TeacherForcing(VideoLayout(2, 1, 1)), "layout must have 2 halves, got 1"),
         (lambda: BlockCausal(VideoLayout(2, 1, 1), 2, 2), "window_frames must exceed sink_frames = 2, got 2"),
+        (lambda: Intervals(((1, 2, ()),), 2, 4), r"rows must cover the queries in order, got \[1, 2\) after query 0"),
+        (
+            lambda: Intervals(((0, 0, ()), (0, 2, ())), 2, 4),
+            r"rows must cover the queries in order, got \[0, 0\) after query 0",
+        ),
+        (lambda: Intervals(((0, 1, ()),), 2, 4), "rows must cover 2 queries, got 1"),
+        (lambda: Intervals(((0, 1, ((0, 5),)),), 1, 4), r"non-empty key intervals in \[0, 4\), got \(\(0, 5\),\)"),
+        (lambda: Intervals(((0, 1, ((2, 3), (0, 1))),), 1, 4), "must hold sorted, disjoint, non-empty key intervals"),
+        (lambda: Intervals(((0, 1, ((2, 2),)),), 1, 4), "must hold sorted, disjoint, non-empty key intervals"),
     ],
 )
 def test_errors(make, message):

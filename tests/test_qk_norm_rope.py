@@ -5,6 +5,7 @@ import torch
 from op_cases import DTYPES, head_case, kernel_backends
 from safetensors.torch import load_file
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_ops
 from dit_ops.ops.qk_norm_rope import rms_norm_ref
@@ -146,6 +147,86 @@ def test_kernels_read_strided_heads(device):
             runs.append((*out, *torch.autograd.grad(out[0].sin().sum() + out[1].cos().sum(), x)))
         for other in runs[:-1]:
             torch.testing.assert_close(other, runs[-1], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "heads first"])
+def test_keys_and_values_go_into_slots_of_a_cache(layout, device):
+    """Slots of 12 tokens in a cache of 20, which keeps the rest."""
+    q, k, v = torch.randn(3, 2, 12, 2, 16, device=device)
+    weight = torch.randn(32, device=device)
+    args = (q, k, weight, weight, Rope3D(16, splits=(8, 4, 4)).tables(*GRID, device), GRID)
+    for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
+        want = dit_ops.qk_norm_rope(*args, backend=backend)
+        normed = rms_norm_ref(k, weight, 1e-6)
+        for turn_keys, k_want in ((True, want[1]), (False, normed)):
+            caches = torch.full((2, 2, 20, 2, 16) if layout == "tokens first" else (2, 2, 2, 20, 16), 7.0, device=device)
+            caches = caches if layout == "tokens first" else caches.transpose(2, 3)
+            k_out, v_out = caches[:, :, 5:17]
+            q_got, k_got = dit_ops.qk_norm_rope(*args, v=v, k_out=k_out, v_out=v_out, turn_keys=turn_keys, backend=backend)
+            assert torch.equal(q_got, want[0]) and k_got is k_out and torch.equal(v_out, v)
+            torch.testing.assert_close(k_out, k_want)
+            assert (caches[:, :, :5] == 7).all() and (caches[:, :, 17:] == 7).all()
+    only_keys = torch.full((2, 12, 2, 16), 7.0, device=device)
+    dit_ops.qk_norm_rope(*args, k_out=only_keys)
+    torch.testing.assert_close(only_keys, want[1])
+    for options, message in [
+        ({"v_out": v_out}, "v_out needs k_out, got only v_out"),
+        ({"v": v, "v_out": v_out}, "v is only copied beside the keys, to v_out, and needs k_out, got None"),
+        ({"v": v, "k_out": k_out}, "v and v_out come together with k_out, got only v"),
+        ({"k_out": k_out[:, :, :1]}, r"k_out must be \[B, L, N, D\] = \[2, 12, 2, 16\], got \[2, 12, 1, 16\]"),
+        ({"k_out": k_out.double()}, "k_out must be torch.float32 with unit stride over D, got torch.float64"),
+        ({"turn_keys": False}, "turn_keys = False needs k_out, got None"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dit_ops.qk_norm_rope(*args, **options)
+    with pytest.raises(ValueError, match="written without gradient, got a tensor that requires it"):
+        dit_ops.qk_norm_rope(q.requires_grad_(), *args[1:], k_out=k_out)
+
+
+def test_writing_into_slots_copies_nothing(device):
+    """The op itself is the only thing that runs, and nothing is copied to or from the slots around it."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = torch.randn(3, 2, 12, 2, 16, device=device)
+    weight = torch.randn(32, device=device)
+    caches = torch.full((2, 2, 20, 2, 16), 7.0, device=device)
+    k_out, v_out = caches[:, :, 5:17]
+    rope = Rope3D(16, splits=(8, 4, 4)).tables(*GRID, device)
+    for backend in kernel_backends(device, "triton", "cpu"):
+        for turn_keys in (True, False):
+            names = []
+            with Calls():
+                options = {"k_out": k_out, "v_out": v_out, "turn_keys": turn_keys, "backend": backend}
+                dit_ops.qk_norm_rope(q, k, weight, weight, rope, GRID, v=v, **options)
+            assert names == ["dit_ops::qk_norm_rope_into"]
+
+
+def test_op_that_writes_into_slots_is_well_registered_and_compiles(device):
+    q, k, v = torch.randn(3, 1, 12, 2, 16, device=device)
+    rope = Rope3D(16, splits=(8, 4, 4)).tables(*GRID, device)
+    P, P_inv = torch.randn(2, 1, 3, 4, 4, device=device)
+    op, weight = torch.ops.dit_ops.qk_norm_rope_into.default, torch.randn(32, device=device)
+    slots, double = (torch.zeros(2, 1, 20, n, 16, device=device)[:, :, 3:15] for n in (2, 4))
+    for backend in kernel_backends(device, "triton", "cpu"):
+        end = (*GRID, 1e-6, 0)
+        for args in (
+            (q, k, v, weight, None, *rope, None, None, *slots, *end, True, backend),
+            (q, k, v, weight, weight, *rope, P, P_inv, *double, *end, True, backend),
+            (q, k, v, weight, weight, *rope, P, P_inv, *slots, *end, False, backend),
+            (None, k, v, None, None, *rope, None, P_inv, *double, *end, True, backend),
+            (None, k, None, None, None, *rope, None, None, slots[0], None, *end, True, backend),
+        ):
+            opcheck(op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+        compiled = torch.compile(dit_ops.qk_norm_rope, fullgraph=True, backend="aot_eager")
+        caches = torch.full((2, 2, 1, 20, 2, 16), 7.0, device=device)
+        for run, (k_cache, v_cache) in zip((compiled, dit_ops.qk_norm_rope), caches, strict=True):
+            views = {"k_out": k_cache[:, 5:17], "v_out": v_cache[:, 5:17]}
+            run(q, k, weight, weight, rope, GRID, v=v, **views, backend=backend)
+        assert torch.equal(*caches) and not (caches[0, :, :, 5:17] == 7).any()
 
 
 def test_op_is_well_registered(device):

@@ -8,6 +8,8 @@ from torch.library import opcheck
 
 import dit_ops
 from dit_ops.camera import parse_trajectory, projective_cameras
+from dit_ops.ops.qk_norm_rope import rms_norm_ref
+from dit_ops.ops.qk_norm_rope_prope import turn_keys_values
 from dit_ops.rope import Rope3D
 from dit_ops.testing import assert_within_rounding, check_backend, run_with_grads
 
@@ -183,8 +185,65 @@ def test_keys_and_values_go_into_slots_of_a_cache(device):
         dit_ops.qk_norm_rope_prope(*args, v_out=slots["v_out"])
     with pytest.raises(ValueError, match=r"k_out must be \[B, L, 2N, D\] = \[2, 6, 4, 16\], got \[2, 9, 4, 16\]"):
         dit_ops.qk_norm_rope_prope(*args, k_out=k_cache, v_out=slots["v_out"])
+    with pytest.raises(ValueError, match="turn_keys = False needs k_out and v_out, got None"):
+        dit_ops.qk_norm_rope_prope(*args, turn_keys=False)
     with pytest.raises(ValueError, match="written without gradient, got a tensor that requires it"):
         dit_ops.qk_norm_rope_prope(q.requires_grad_(), *args[1:], **slots)
+
+
+@pytest.mark.parametrize("with_cameras", [True, False])
+def test_keys_that_are_turned_when_read_are_those_turned_when_written(with_cameras, device):
+    """Frames 6, 1 and 4 of a stream, each written on its own, then read together by a table row and a camera each."""
+    q, k, v, weight, head_weight = (t.to(device) for t in inputs(torch.float32))
+    P, P_inv = (M.float().to(device) for M in cameras())
+    frames, T = (6, 1, 4), GRID[1] * GRID[2]
+    rope = Rope3D(16, splits=(8, 4, 4)).tables(8, *GRID[1:], device)
+    rows = torch.cat([rope[0][f : f + 1] for f in frames]), *rope[1:]
+    heads = 4 if with_cameras else 2
+    for backend in (*kernel_backends(device, "triton", "cpu"), "reference"):
+        k_cache, v_cache = torch.full((2, 2, 9, 2, 16), 7.0, device=device)
+        wanted = []
+        for i, f in enumerate(frames):
+            at, slot = slice(i * T, (i + 1) * T), slice(1 + i * T, 1 + (i + 1) * T)
+            here = [t[:, at] for t in (q, k, v)]
+            options = {"start_frame": f, "eps": 1e-3, "backend": backend}
+            into = {"k_out": k_cache[:, slot], "v_out": v_cache[:, slot], "turn_keys": False}
+            tables = weight, head_weight, rope, (1, *GRID[1:])
+            if with_cameras:
+                M = P[:, i : i + 1], P_inv[:, i : i + 1]
+                turned = dit_ops.qk_norm_rope_prope(*here, *tables, *M, **options)
+                queries, *_ = dit_ops.qk_norm_rope_prope(*here, *tables, *M, **into, **options)
+            else:
+                turned = *dit_ops.qk_norm_rope(*here[:2], *tables, **options), here[2]
+                queries, _ = dit_ops.qk_norm_rope(*here[:2], *tables, v=here[2], **into, **options)
+            assert torch.equal(queries, turned[0])
+            wanted.append(turned[1:])
+        stored = k_cache[:, 1:7], v_cache[:, 1:7]
+        torch.testing.assert_close(stored[0], rms_norm_ref(k, head_weight, 1e-3))
+        assert torch.equal(stored[1], v)
+        assert all((c[:, :1] == 7).all() and (c[:, 7:] == 7).all() for c in (k_cache, v_cache))
+        out = torch.full((2, 2, 8, heads, 16), 7.0, device=device)
+        to = out[0][:, 2:], out[1][:, 2:]
+        turn_keys_values(*stored, rows, GRID, P_inv if with_cameras else None, *to, backend=backend)
+        for got, want in zip(to, zip(*wanted, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.cat(want, 1))
+        assert (out[:, :, :2] == 7).all()
+
+
+def test_keys_alone_are_turned():
+    _, k, _, _, _ = inputs(torch.float32)
+    for backend in (*kernel_backends("cpu", "cpu"), "reference"):
+        out = torch.empty_like(k)
+        turn_keys_values(k, None, ROPE, GRID, None, out, None, backend=backend)
+        torch.testing.assert_close(out, dit_ops.qk_norm_rope(k, k, None, None, ROPE, GRID)[1])
+    with pytest.raises(
+        ValueError, match=r"turn_keys_values: k_out must be \[B, L, 2N, D\] = \[2, 6, 4, 16\], got \[2, 6, 2, 16\]"
+    ):
+        turn_keys_values(k, None, ROPE, GRID, cameras()[1], out, None)
+    with pytest.raises(ValueError, match="v and v_out come together with k_out, got only v"):
+        turn_keys_values(k, k, ROPE, GRID, None, out, None)
+    with pytest.raises(ValueError, match=r"the L of k must be halves \* F \* H \* W = 8, got 6"):
+        turn_keys_values(k, None, ROPE, (4, 2, 1), None, out, None)
 
 
 def test_op_is_well_registered_and_compiles(device):

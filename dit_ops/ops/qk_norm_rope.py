@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dit_ops import _library as lib
 from dit_ops.ops.adaln import cpu_refuses, kernel_tables
+from dit_ops.ops.prope_output import project_ref
 
 Rope = tuple[Tensor, Tensor, Tensor]
 Grid = tuple[int, int, int]
@@ -22,6 +23,10 @@ def qk_norm_rope(
     eps: float = 1e-6,
     start_frame: int = 0,
     halves: int = 1,
+    v: Tensor | None = None,
+    k_out: Tensor | None = None,
+    v_out: Tensor | None = None,
+    turn_keys: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """rope(q / rms(q) * q_weight), the same for k; computed in fp32; differentiable in every tensor.
@@ -30,10 +35,21 @@ def qk_norm_rope(
     q_weight, k_weight: [N * D] (rms over all channels), [D] (rms per head) or None (no norm)
     rope: three tables (frame, height, width) [positions, D_axis / 2, 2] of (cos, sin) for the pairs (2i, 2i + 1) of the head,
     axes in this order; the frame position is start_frame + frame    returns q, k in their dtype, contiguous
+    k_out: [B, L, N, D] view, such as the slots of a ring cache, to write k into; with v and v_out the same launch copies v
+    into v_out; without gradient    turn_keys: False writes k normed, not turned
     """
     op = "qk_norm_rope"
-    check_heads(op, {"q": q, "k": k}, {"q_weight": q_weight, "k_weight": k_weight}, rope, grid, start_frame, halves)
+    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    check_heads(op, named, {"q_weight": q_weight, "k_weight": k_weight}, rope, grid, start_frame, halves)
+    if v is not None and k_out is None:
+        raise ValueError(f"{op}: v is only copied beside the keys, to v_out, and needs k_out, got None")
+    check_outputs(op, k, v, k_out, v_out, 1, (q, k, v, q_weight, k_weight))
     backend = lib.choose(op, backend, REFUSES, q, k, *rope)
+    if k_out is not None:
+        rest = (rope, grid, None, None, k_out, v_out, eps, start_frame, halves, turn_keys)
+        return write_into(backend, q, k, v, q_weight, k_weight, *rest), k_out
+    if not turn_keys:
+        raise ValueError(f"{op}: turn_keys = False needs k_out, got None")
     if backend == "reference":
         return qk_norm_rope_ref(q, k, q_weight, k_weight, rope, grid, eps, start_frame, halves)
     tables = kernel_tables(backend, q, q_weight, k_weight, *(t.contiguous() for t in rope))
@@ -87,6 +103,107 @@ def rotate_ref(x: Tensor, factors: Tensor) -> Tensor:
     return torch.addcmul(x * factors[0], swapped, factors[1])
 
 
+def write_into(
+    backend: str,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Rope,
+    grid: Grid,
+    P: Tensor | None,
+    P_inv: Tensor | None,
+    k_out: Tensor,
+    v_out: Tensor | None,
+    eps: float,
+    start_frame: int,
+    halves: int,
+    turn_keys: bool,
+) -> Tensor:
+    """Writes keys to k_out and values to v_out, of one path (N heads) or with cameras of two (2N); returns the queries.
+
+    turn_keys False: one path of normed, unturned keys and plain values. q None: keys and values only, returns an empty tensor.
+    """
+    if backend == "reference":
+        return into_ref(q, k, v, q_weight, k_weight, rope, grid, P, P_inv, k_out, v_out, eps, start_frame, halves, turn_keys)
+    q, v = (None if t is None else kernel_heads(backend, t) for t in (q, v))
+    k = kernel_heads(backend, k)
+    cameras = (None if M is None else M.float() for M in (P, P_inv))
+    tables = kernel_tables(backend, k, q_weight, k_weight, *(t.contiguous() for t in rope), *cameras)
+    k_to, v_to = (None if t is None else kernel_output(backend, t) for t in (k_out, v_out))
+    q_out = _into(q, k, v, *tables, k_to, v_to, *grid, eps, start_frame, turn_keys, backend)
+    for out, to in ((k_out, k_to), (v_out, v_to)):
+        if out is not None and to is not None and out is not to:
+            out.copy_(to)
+    return q_out
+
+
+def into_ref(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Rope,
+    grid: Grid,
+    P: Tensor | None,
+    P_inv: Tensor | None,
+    k_out: Tensor,
+    v_out: Tensor | None,
+    eps: float,
+    start_frame: int,
+    halves: int,
+    turn_keys: bool,
+) -> Tensor:
+    factors = rope_factors_ref(rope, grid, start_frame, halves, torch.promote_types(k.dtype, torch.float32))
+
+    def paths(first: Tensor, x: Tensor, M: Tensor | None) -> Tensor:
+        return first if M is None else torch.cat((first, project_ref(x, M, halves).to(first.dtype)), 2)
+
+    kn = rms_norm_ref(k, k_weight, eps)
+    k_out.copy_(paths(rotate_ref(kn, factors), kn, P_inv) if turn_keys else kn)
+    if v is not None and v_out is not None:
+        v_out.copy_(paths(v, v, P_inv) if turn_keys else v)
+    if q is None:
+        return k.new_empty(0)
+    qn = rms_norm_ref(q, q_weight, eps)
+    return paths(rotate_ref(qn, factors), qn, None if P is None else P.mT).to(q.dtype)
+
+
+def check_outputs(
+    op: str,
+    k: Tensor,
+    v: Tensor | None,
+    k_out: Tensor | None,
+    v_out: Tensor | None,
+    paths: int,
+    inputs: tuple[Tensor | None, ...],
+) -> None:
+    """The views to write keys and values into, heads [0, N) of one path or [0, 2N) of two."""
+    if k_out is None:
+        if v_out is not None:
+            raise ValueError(f"{op}: v_out needs k_out, got only v_out")
+        return
+    if (v is None) != (v_out is None):
+        raise ValueError(f"{op}: v and v_out come together with k_out, got only {'v_out' if v is None else 'v'}")
+    B, L, N, D = k.shape
+    for name, out, source in (("k_out", k_out, k), ("v_out", v_out, v)):
+        if out is None or source is None:
+            continue
+        lib.check_shape(op, name, out, f"B, L, {paths if paths > 1 else ''}N, D", (B, L, paths * N, D))
+        if out.dtype != source.dtype or out.stride(-1) != 1:
+            raise ValueError(f"{op}: {name} must be {source.dtype} with unit stride over D, got {out.dtype}, {out.stride()}")
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, out)):
+            raise ValueError(f"{op}: k_out and v_out are written without gradient, got a tensor that requires it")
+
+
+def kernel_output(backend: str, out: Tensor) -> Tensor:
+    """The view itself where the kernel can write it; a tensor to copy from where not."""
+    in_place = out.stride(-1) == 1 and (backend != "cpu" or out.stride(-2) == out.shape[-1])
+    return out if in_place else out.new_empty(out.shape)
+
+
 def check_heads(
     op: str,
     tensors: dict[str, Tensor],
@@ -96,19 +213,19 @@ def check_heads(
     start_frame: int,
     halves: int,
 ) -> None:
-    q = tensors["q"]
-    lib.check_tensor(op, "q", q, "B, L, N, D")
+    first, q = next(iter(tensors.items()))
+    lib.check_tensor(op, first, q, "B, L, N, D")
     B, L, N, D = q.shape
     for name, t in tensors.items():
         lib.check_shape(op, name, t, "B, L, N, D", (B, L, N, D))
     if D % 2:
-        raise ValueError(f"{op}: the head size D of q must be even, got {D}")
+        raise ValueError(f"{op}: the head size D of {first} must be even, got {D}")
     frames, height, width = grid
     if halves not in (1, 2):
         raise ValueError(f"{op}: halves must be 1 or 2, got {halves}")
     tokens = halves * frames * height * width
     if tokens != L:
-        raise ValueError(f"{op}: the L of q must be halves * F * H * W = {tokens}, got {L}")
+        raise ValueError(f"{op}: the L of {first} must be halves * F * H * W = {tokens}, got {L}")
     for name, weight in weights.items():
         if weight is not None and tuple(weight.shape) not in ((N * D,), (D,)):
             raise ValueError(f"{op}: {name} must be [N * D] = [{N * D}], [D] = [{D}] or None, got {list(weight.shape)}")
@@ -185,12 +302,37 @@ def _bwd_fake(dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, rope_t, 
     return q.new_empty(q.shape), k.new_empty(k.shape), dweight_fake(q, q_weight), dweight_fake(k, k_weight)
 
 
+def _into_fwd(
+    q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, k_out, v_out, F, H, W, eps, start_frame, turn_keys, backend
+):
+    args = (q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, k_out, v_out, F, H, W, eps, start_frame, turn_keys)
+    if k.numel() == 0:
+        return _into_fake(*args, backend)
+    return lib.kernel(backend, "qk_norm_rope", "qk_norm_rope_into_fwd")(*args)
+
+
+def _into_fake(
+    q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, k_out, v_out, F, H, W, eps, start_frame, turn_keys, backend
+):
+    if q is None:
+        return k.new_empty(0)
+    B, L, N, D = q.shape
+    return q.new_empty(B, L, N if P is None else 2 * N, D)
+
+
 _qk_norm_rope = lib.define(
     "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor rope_t, Tensor rope_h, Tensor rope_w,"
     " SymInt F, SymInt H, SymInt W, float eps, SymInt start_frame, str backend)"
     " -> (Tensor q_out, Tensor k_out, Tensor q_rstd, Tensor k_rstd)",
     _fwd,
     _fwd_fake,
+)
+_into = lib.define(
+    "qk_norm_rope_into(Tensor? q, Tensor k, Tensor? v, Tensor? q_weight, Tensor? k_weight, Tensor rope_t, Tensor rope_h,"
+    " Tensor rope_w, Tensor? P, Tensor? P_inv, Tensor(a!) k_out, Tensor(b!)? v_out, SymInt F, SymInt H, SymInt W, float eps,"
+    " SymInt start_frame, bool turn_keys, str backend) -> Tensor q_out",
+    _into_fwd,
+    _into_fake,
 )
 _qk_norm_rope_bwd = lib.define(
     "qk_norm_rope_bwd(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor q_rstd,"

@@ -1,5 +1,7 @@
 """Queries, keys and values of both attention paths, RoPE and ProPE, from one read of q, k and v."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from dit_ops.ops.qk_norm_rope import (
     Grid,
     Rope,
     check_heads,
+    check_outputs,
     dweight_fake,
     heads_refuse,
     kernel_heads,
@@ -19,6 +22,7 @@ from dit_ops.ops.qk_norm_rope import (
     rotate_ref,
     rstd_fake,
     weight_gradients,
+    write_into,
 )
 
 
@@ -38,6 +42,7 @@ def qk_norm_rope_prope(
     halves: int = 1,
     k_out: Tensor | None = None,
     v_out: Tensor | None = None,
+    turn_keys: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Heads [0, N): qk_norm_rope(q, k) and v. Heads [N, 2N): P^T q, P^-1 k, P^-1 v of the normed, un-rotated q, k and v.
@@ -45,6 +50,7 @@ def qk_norm_rope_prope(
     q, k, v: [B, L, N, D], any strides, L = halves * F * H * W    grid: (F, H, W)    weights, rope: as in qk_norm_rope
     P, P_inv: [B, F, 4, 4], applied to groups of 4 consecutive channels with the camera of the token's frame
     k_out, v_out: [B, L, 2N, D] views, such as the slots of a ring cache, to write k and v into; without gradient
+    turn_keys: False writes normed keys and plain values, N heads, as turn_keys_values reads them
     returns q, k, v, each [B, L, 2N, D]; computed in fp32; differentiable in every tensor    (PRoPE: arXiv 2507.10496)
     """
     op = "qk_norm_rope_prope"
@@ -53,35 +59,49 @@ def qk_norm_rope_prope(
     if P.shape[1] != grid[0]:
         raise ValueError(f"{op}: P must have F = {grid[0]} frames, as grid says, got {P.shape[1]}")
     lib.check_shape(op, "P_inv", P_inv, "B, F, 4, 4", tuple(P.shape))
-    check_outputs(op, q, {"k_out": (k_out, k), "v_out": (v_out, v)}, (q, k, v, q_weight, k_weight))
+    if (k_out is None) != (v_out is None):
+        raise ValueError(f"{op}: k_out and v_out come together, got only {'k_out' if v_out is None else 'v_out'}")
+    check_outputs(op, k, v, k_out, v_out, 1 + turn_keys, (q, k, v, q_weight, k_weight))
     backend = lib.choose(op, backend, REFUSES, q, k, v, P, P_inv, *rope)
+    if k_out is not None and v_out is not None:
+        rest = (rope, grid, P, P_inv, k_out, v_out, eps, start_frame, halves, turn_keys)
+        return write_into(backend, q, k, v, q_weight, k_weight, *rest), k_out, v_out
+    if not turn_keys:
+        raise ValueError(f"{op}: turn_keys = False needs k_out and v_out, got None")
     if backend == "reference":
-        q2, k2, v2 = qk_norm_rope_prope_ref(q, k, v, q_weight, k_weight, rope, grid, P, P_inv, eps, start_frame, halves)
-        return (q2, k2, v2) if k_out is None or v_out is None else (q2, k_out.copy_(k2), v_out.copy_(v2))
+        return qk_norm_rope_prope_ref(q, k, v, q_weight, k_weight, rope, grid, P, P_inv, eps, start_frame, halves)
     heads = (kernel_heads(backend, t) for t in (q, k, v))
     tables = kernel_tables(backend, q, q_weight, k_weight, *(t.contiguous() for t in rope), P.float(), P_inv.float())
-    if k_out is not None and v_out is not None and backend == "triton":
-        return _into(*heads, *tables, k_out, v_out, *grid, eps, start_frame, backend), k_out, v_out
     q2, k2, v2, _, _ = _qk_norm_rope_prope(*heads, *tables, *grid, eps, start_frame, backend)
-    return (q2, k2, v2) if k_out is None or v_out is None else (q2, k_out.copy_(k2), v_out.copy_(v2))
+    return q2, k2, v2
 
 
-def check_outputs(
-    op: str, q: Tensor, outputs: dict[str, tuple[Tensor | None, Tensor]], inputs: tuple[Tensor | None, ...]
+def turn_keys_values(
+    k: Tensor,
+    v: Tensor | None,
+    rope: Rope,
+    grid: Grid,
+    P_inv: Tensor | None,
+    k_out: Tensor,
+    v_out: Tensor | None,
+    *,
+    backend: str | None = None,
 ) -> None:
-    """outputs: name -> the view to write into, and the tensor whose dtype it must have."""
-    given = [name for name, (out, _) in outputs.items() if out is not None]
-    if len(given) == 1:
-        raise ValueError(f"{op}: k_out and v_out come together, got only {given[0]}")
-    B, L, N, D = q.shape
-    for name, (out, source) in outputs.items():
-        if out is None:
-            continue
-        lib.check_shape(op, name, out, "B, L, 2N, D", (B, L, 2 * N, D))
-        if out.dtype != source.dtype or out.stride(-1) != 1:
-            raise ValueError(f"{op}: {name} must be {source.dtype} with unit stride over D, got {out.dtype}, {out.stride()}")
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, out)):
-            raise ValueError(f"{op}: k_out and v_out are written without gradient, got a tensor that requires it")
+    """What a cache of normed, unturned keys and plain values gives to attention: k_out = rope(k), with P_inv both paths.
+
+    k, v: [B, L, N, D], L = F * H * W    rope, grid, P_inv: as in qk_norm_rope_prope, the rope's frame table has a row per frame
+    k_out, v_out: [B, L, N, D], with P_inv [B, L, 2N, D]: heads [0, N) rope(k) and v, heads [N, 2N) P^-1 k and P^-1 v
+    v and v_out: None where the values are read as they are; without gradient
+    """
+    op = "turn_keys_values"
+    check_heads(op, {"k": k} if v is None else {"k": k, "v": v}, {}, rope, grid, 0, 1)
+    if P_inv is not None:
+        check_cameras(op, {"P_inv": P_inv}, k, 1)
+        lib.check_shape(op, "P_inv", P_inv, "B, F, 4, 4", (k.shape[0], grid[0], 4, 4))
+    check_outputs(op, k, v, k_out, v_out, 1 if P_inv is None else 2, (k, v, P_inv))
+    given = [t for t in (v, P_inv) if t is not None]
+    backend = lib.choose(op, backend, REFUSES_KEYS, k, *given, *rope)
+    write_into(backend, None, k, v, None, None, rope, grid, None, P_inv, k_out, v_out, 0.0, 0, 1, True)
 
 
 def qk_norm_rope_prope_ref(
@@ -114,7 +134,12 @@ def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, *constants: Tensor) -> str 
     return heads_refuse(q, k, v) or needs_gradient(*constants)
 
 
+def _keys_refuse(check: Callable[..., str | None]) -> Callable[..., str | None]:
+    return lambda k, *rest: check(k) or needs_gradient(*rest)
+
+
 REFUSES = {"triton": _triton_refuses, "cpu": _cpu_refuses}
+REFUSES_KEYS = {"triton": _keys_refuse(heads_refuse), "cpu": _keys_refuse(cpu_refuses)}
 
 
 def _fwd(q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, F, H, W, eps, start_frame, backend):
@@ -127,17 +152,6 @@ def _fwd(q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, F, H, W,
 def _fwd_fake(q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, F, H, W, eps, start_frame, backend):
     B, L, N, D = q.shape
     return *(t.new_empty(B, L, 2 * N, D) for t in (q, k, v)), rstd_fake(q, q_weight), rstd_fake(k, k_weight)
-
-
-def _into_fwd(q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, k_out, v_out, F, H, W, eps, start_frame, backend):
-    args = (q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, k_out, v_out, F, H, W, eps, start_frame)
-    if q.numel() == 0:
-        return _into_fake(*args, backend)
-    return lib.kernel(backend, "qk_norm_rope_prope", "qk_norm_rope_prope_into_fwd")(*args)
-
-
-def _into_fake(q, k, v, q_weight, k_weight, rope_t, rope_h, rope_w, P, P_inv, k_out, v_out, F, H, W, eps, start_frame, backend):
-    return q.new_empty(k_out.shape)
 
 
 def _bwd(
@@ -161,13 +175,6 @@ _qk_norm_rope_prope = lib.define(
     " -> (Tensor q2, Tensor k2, Tensor v2, Tensor q_rstd, Tensor k_rstd)",
     _fwd,
     _fwd_fake,
-)
-_into = lib.define(
-    "qk_norm_rope_prope_into(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor rope_t, Tensor rope_h,"
-    " Tensor rope_w, Tensor P, Tensor P_inv, Tensor(a!) k_out, Tensor(b!) v_out, SymInt F, SymInt H, SymInt W, float eps,"
-    " SymInt start_frame, str backend) -> Tensor q2",
-    _into_fwd,
-    _into_fake,
 )
 _qk_norm_rope_prope_bwd = lib.define(
     "qk_norm_rope_prope_bwd(Tensor dq2, Tensor dk2, Tensor dv2, Tensor q, Tensor k, Tensor v, Tensor? q_weight,"
