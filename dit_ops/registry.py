@@ -5,13 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-BACKBONES = {"WanTransformer3DModel": ("dit_ops.backbones.wan", "WanBackbone")}  # diffusers class: (module, our class)
+BACKBONES = {  # diffusers class: (module, our class)
+    "WanTransformer3DModel": ("dit_ops.backbones.wan", "WanBackbone"),
+    "HunyuanVideo15Transformer3DModel": ("dit_ops.backbones.hunyuan_video15", "HunyuanVideo15Backbone"),
+}
+RECIPE = "docs/adding_a_backbone.md"
 
 
 def backbone_class(name: str) -> Any:
     """Our class for a diffusers transformer class."""
     if name not in BACKBONES:
-        raise ValueError(f"no backbone for {name!r}; known are {', '.join(BACKBONES)} (CONTRIBUTING.md says how to add one)")
+        raise ValueError(f"no backbone for {name!r}; known are {', '.join(BACKBONES)} ({RECIPE} says how to add one)")
     module, attribute = BACKBONES[name]
     return getattr(importlib.import_module(module), attribute)
 
@@ -22,5 +26,11 @@ def load_backbone(path: str | Path, **options: Any) -> Any:
     folder = path if (path / "config.json").is_file() else path / "transformer"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model at {path}: expected config.json or transformer/config.json")
-    config = json.loads((folder / "config.json").read_text())
-    return backbone_class(config.get("_class_name", "")).from_pretrained(folder, **options)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'}: not a complete JSON file ({error})") from None
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{folder / 'config.json'}: expected '_class_name', the diffusers class, got {name!r}")
+    return backbone_class(name).from_pretrained(folder, **options)

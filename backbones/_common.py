@@ -1,0 +1,220 @@
+"""What the backbones share: a stock diffusers transformer, our branches beside it, strict loading, atomic saving."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from dit_ops.files import atomic_path, read_safetensors, read_weights
+
+ADDITIONS = "dit_ops.json"  # what diffusers' config.json has no place for
+
+
+class DiffusersBackbone(nn.Module):
+    """Owns a stock diffusers transformer, whose weights run through our operators.
+
+    A subclass sets `stock` (the diffusers class), `branches` (modules that diffusers lacks: None until `add_<branch>()`, kept
+    in `<branch>.safetensors`) and `options` (constructor arguments beside the branches, kept in `dit_ops.json`); it builds
+    `self.transformer` and one attribute of the same name for every branch and option.
+    """
+
+    stock: Any
+    branches: tuple[str, ...] = ("camera",)
+    options: tuple[str, ...] = ("block_frames",)
+    transformer: Any
+
+    @classmethod
+    def from_config(cls, config: dict, **options: Any) -> Self:
+        """A randomly initialised model from a diffusers config; an unknown key is an error. options: of the constructor."""
+        known = cls.stock._get_init_keys(cls.stock) - {"self"}
+        unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
+        if unknown:
+            raise ValueError(f"{cls.__name__}: config has unknown keys {unknown}; known are {sorted(known)}")
+        return cls(cls.stock.from_config(dict(config)), **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Self:
+        """Reads a diffusers transformer folder (or a pipeline folder with `transformer/`), and our additions beside it.
+
+        Strict: a missing, unexpected or misshapen tensor is a ValueError that lists the keys.
+        """
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            path = path / "transformer"
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"no diffusers transformer at {path.parent}: expected config.json or transformer/config.json"
+            )
+        transformer, info = cls.stock.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+        problems = {kind: keys for kind, keys in info.items() if keys}
+        if problems:
+            raise ValueError(f"{path}: the weights do not fit {cls.stock.__name__}: {problems}")
+        additions = read_additions(path / ADDITIONS)
+        model = cls(transformer, **{name: additions[name] for name in cls.options if name in additions})
+        for branch in cls.branches:
+            if additions.get(branch):
+                file = path / f"{branch}.safetensors"
+                if not file.is_file():
+                    raise FileNotFoundError(f"{path / ADDITIONS} announces {_a(branch)} branch, but {file.name} is missing")
+                model.load_branch(branch, read_safetensors(file), file)
+        return model.to(device) if device is not None else model
+
+    @classmethod
+    def from_state(cls, config: dict, state: dict[str, Tensor], branches: dict[str, dict[str, Tensor]], **options: Any) -> Self:
+        """A model of renamed original weights: diffusers config and state dict, and the state dicts of our branches. Strict."""
+        transformer = cls.stock.from_config(config)
+        own = transformer.state_dict()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unexpected:
+            raise ValueError(f"the weights do not fit the config: missing {missing}, unexpected {unexpected}")
+        wrong = {k: (list(v.shape), list(own[k].shape)) for k, v in state.items() if v.shape != own[k].shape}
+        if wrong:
+            raise ValueError(f"the weights do not fit the config: shapes (of the file, of the config) differ for {wrong}")
+        transformer.load_state_dict(state)
+        model = cls(transformer, **options)
+        for branch, weights in branches.items():
+            if weights:
+                model.load_branch(branch, weights, "the original weights")
+        return model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes what diffusers writes, beside it `<branch>.safetensors` of every branch there is, and `dit_ops.json`."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        there = {branch: getattr(self, branch) is not None for branch in self.branches}
+        for branch in (name for name, is_there in there.items() if is_there):
+            with atomic_path(path / f"{branch}.safetensors") as file:
+                save_file({k: v.contiguous() for k, v in getattr(self, branch).state_dict().items()}, file)
+        additions = {name: getattr(self, name) for name in self.options} | there
+        with atomic_path(path / ADDITIONS) as file:
+            file.write_text(json.dumps(additions, indent=2) + "\n")
+        self.transformer.save_pretrained(path)
+
+    def load_branch(self, branch: str, state: dict[str, Tensor], source: object) -> None:
+        """Adds a branch and fills it, strictly."""
+        getattr(self, f"add_{branch}")()
+        module = getattr(self, branch)
+        expected = {k: list(v.shape) for k, v in module.state_dict().items()}
+        got = {k: list(v.shape) for k, v in state.items()}
+        if expected != got:
+            wrong = sorted(k for k in expected.keys() | got.keys() if expected.get(k) != got.get(k))
+            raise ValueError(f"{source}: the {branch} branch does not fit, at {wrong}")
+        module.load_state_dict(state)
+
+    @property
+    def config(self) -> Any:
+        return self.transformer.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.out_channels
+
+
+def read_additions(file: Path) -> dict[str, Any]:
+    """What `dit_ops.json` says; nothing for a stock model, which has none."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not a complete JSON file ({error})") from None
+
+
+def zero_linears(like: list[nn.Linear]) -> nn.ModuleList:
+    """One Linear of the same shape, device and dtype per given one, zero: adding its output changes nothing at first."""
+    layers = [
+        nn.Linear(w.shape[1], w.shape[0], device=w.device, dtype=w.dtype) for w in (projection.weight for projection in like)
+    ]
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.ModuleList(layers)
+
+
+def norm_weight(norm: Any, x: Tensor) -> Tensor:
+    """The weight that the operators read: offloading of single layers fetches it only when the layer itself is called."""
+    if norm.weight.device != x.device:
+        raise ValueError(f"a fused model needs its norm weights on {x.device}, got {norm.weight.device}: offload whole blocks")
+    return norm.weight
+
+
+def patchify(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """The patch convolution (1, ph, pw) as one GEMM: `[B, F, Cz, h, w] → [B, L, C]`, patch vectors ordered (channel, y, x)."""
+    B, _, channels, height, width = x.shape
+    _, ph, pw = conv.kernel_size
+    if channels != conv.in_channels:
+        raise ValueError(f"latents (with condition_latents) must have {conv.in_channels} channels, got {channels}")
+    x = x.to(conv.weight.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, F, Cz, H, ph, W, pw]
+    x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, -1, channels * ph * pw)
+    return nnf.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def token_grid(height: int, width: int, patch: tuple[int, int]) -> tuple[int, int]:
+    """Tokens of a frame of height × width latents."""
+    ph, pw = patch
+    if height % ph or width % pw:
+        raise ValueError(f"latent height and width must be multiples of the patch {ph}×{pw}, got {height}×{width}")
+    return height // ph, width // pw
+
+
+def check_video(
+    latents: Tensor,
+    clean_latents: Tensor | None,
+    viewmats: Tensor | None,
+    Ks: Tensor | None,
+    cache: object,
+    has_camera: bool,
+) -> None:
+    """The arguments that every backbone's forward has, before anything is computed."""
+    if latents.dim() != 5:
+        raise ValueError(f"latents must be [B, F, Cz, h, w], got {list(latents.shape)}")
+    B, frames = latents.shape[:2]
+    if clean_latents is not None and clean_latents.shape != latents.shape:
+        raise ValueError(f"clean_latents must be {list(latents.shape)} as latents, got {list(clean_latents.shape)}")
+    if clean_latents is not None and cache is not None:
+        raise ValueError("clean_latents (teacher forcing) and cache (streaming) exclude each other, got both")
+    if (viewmats is None) != (Ks is None):
+        raise ValueError("viewmats and Ks come together, got only one of them")
+    if viewmats is not None and not has_camera:
+        raise ValueError("viewmats were given, but this model has no camera branch (add_camera() makes one)")
+    if viewmats is None and has_camera:
+        raise ValueError("this model has a camera branch and needs viewmats and Ks, got none")
+    if viewmats is not None and viewmats.shape != (B, frames, 4, 4):
+        raise ValueError(f"viewmats must be [B, F, 4, 4] = {[B, frames, 4, 4]}, got {list(viewmats.shape)}")
+
+
+# original checkpoints
+
+PREFIX = re.compile(r"^(model\.)?(_fsdp_wrapped_module\.)?")
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def original_state(weights: dict | str | Path, ema: bool | None) -> dict[str, Tensor]:
+    """The one state dict to load from original weights or a training checkpoint of several, without wrappers' prefixes.
+
+    ema: True takes `generator_ema`, False `generator`, None the EMA where the file has one.
+    """
+    state: dict = weights if isinstance(weights, dict) else read_weights(weights)
+    if ema is True and "generator_ema" not in state:
+        raise ValueError(f"ema=True, but the file has no 'generator_ema'; it has {sorted(state)[:5]}")
+    for key in ("generator_ema",) * (ema is not False) + ("generator", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    return {WRAPPERS.sub("", PREFIX.sub("", name, count=1)): tensor for name, tensor in state.items()}
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"

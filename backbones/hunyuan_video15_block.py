@@ -1,0 +1,160 @@
+"""One block of HunyuanVideo 1.5: a video stream and a text stream that meet in the attention.
+
+Shapes: B batch, F frames, L video tokens, T text tokens, C channels, N heads, D head size; F' = F, or 1 for one timestep.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15TransformerBlock
+from torch import Tensor, nn
+
+from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, prope_output, qk_norm_rope, qk_norm_rope_prope
+from dit_ops.backbones.hunyuan_video15_text import sees_text, video_mask
+from dit_ops.cache import KVCache
+from dit_ops.layout import VideoLayout
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every block of one forward shares."""
+
+    layout: VideoLayout  # its prefix is the text
+    lengths: tuple[int, ...]  # text tokens of each sample; the rest of the T are padding
+    rope: tuple[Tensor, Tensor, Tensor]
+    cameras: tuple[Tensor, Tensor] | None  # P, P⁻¹ [B, F, 4, 4]
+    cache: KVCache | None
+    shared_prope: bool
+    last: int  # of the last block, which has no use for the text's output
+
+    @property
+    def joint(self) -> bool:
+        """The text sees the video too: bidirectional."""
+        return self.layout.halves == 1 and self.cache is None
+
+
+def run_block(
+    i: int,
+    block: HunyuanVideo15TransformerBlock,
+    camera: nn.Linear | None,
+    x: Tensor,  # [B, L, C]
+    text: Tensor | None,  # [B, T, C]; None: its keys are in the cache
+    temb: Tensor,  # [B, F', C]
+    text_temb: Tensor,  # [B, 1, C]
+    past: tuple[Tensor, Tensor] | None,
+    shared: Pass,
+) -> tuple[Tensor, Tensor | None]:
+    """x += gate·Attn(adaLN(x)); x += gate·MLP(adaLN(x)), for the video and the text, which meet in the attention."""
+    h, rows = enter(block.norm1, x, temb)
+    if text is None:
+        a, _ = joint_attention(i, block.attn, camera, h, None, past, shared)
+        return leave(x, a, rows, block.norm2, block.ff), None
+    text_h, text_rows = enter(block.norm1_context, text, text_temb)
+    a, text_a = joint_attention(i, block.attn, camera, h, text_h, past, shared)
+    x = leave(x, a, rows, block.norm2, block.ff)
+    return x, None if text_a is None else leave(text, text_a, text_rows, block.norm2_context, block.ff_context)
+
+
+def enter(norm: AdaLayerNormZero, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The modulated norm before attention, and the rest of the modulation: gate, shift, scale, gate, each [B, F', C]."""
+    shift, scale, *rows = norm.linear(temb).chunk(6, dim=-1)
+    return adaln(x, scale, shift, eps=norm.norm.eps), rows
+
+
+def leave(x: Tensor, a: Tensor, rows: list[Tensor], norm: nn.LayerNorm, mlp: nn.Module) -> Tensor:
+    """The residual sums of the attention's output `a` and of the MLP."""
+    gate, shift, scale, gate_mlp = rows
+    x, h = gated_residual_adaln(x, a, gate, scale, shift, eps=norm.eps)
+    return gated_residual(x, mlp(h), gate_mlp)
+
+
+def joint_attention(
+    i: int,
+    attn: Attention,
+    camera: nn.Linear | None,
+    h: Tensor,
+    text_h: Tensor | None,
+    past: tuple[Tensor, Tensor] | None,
+    shared: Pass,
+) -> tuple[Tensor, Tensor | None]:
+    """`W_o·o [+ W_p·P·o']` of the video, its RoPE and ProPE paths in one call of attention with 2N heads; `W·o` of the text.
+
+    Keys are [text | past | own]. The text has no position and no camera: both paths see the same keys of it.
+    """
+    layout, N = shared.layout, attn.heads
+    T, text_o = layout.prefix, None
+    q, k, v, own = video_heads(i, attn, h, shared)
+    if text_h is not None:
+        text_q, text_k, text_v = text_heads(attn, text_h)
+        if i != shared.last and not shared.joint:
+            text_o = attention(text_q, text_k, text_v, sees_text(T, T, T, shared.lengths))
+        paths = q.shape[2] // N
+        parts = [(text_k.repeat(1, 1, paths, 1), text_v.repeat(1, 1, paths, 1)), *([] if past is None else [past]), (k, v)]
+        k, v = (torch.cat(t, 1) for t in zip(*parts, strict=True))
+        if i != shared.last and shared.joint:
+            q = torch.cat([text_q.repeat(1, 1, paths, 1), q], 1)
+    o = attention(q, k, v, video_mask(layout, q.shape[1], k.shape[1], shared.lengths))
+    if shared.shared_prope and own is not None and shared.cameras is not None:
+        for t in own:
+            t[:, :, N:] = t[:, :, :N]
+        cast(KVCache, shared.cache).write(i, *own)
+    if q.shape[1] > h.shape[1]:
+        text_o, o = o[:, :T, :N], o[:, T:]
+    out = attn.to_out[0](o[:, :, :N].flatten(2))
+    if camera is not None and shared.cameras is not None:
+        out = out + camera(prope_output(o[:, :, N:], shared.cameras[0], halves=layout.halves).flatten(2))
+    return out, None if text_o is None else attn.to_add_out(text_o.flatten(2))
+
+
+def video_heads(
+    i: int, attn: Attention, h: Tensor, shared: Pass
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Queries, keys and values of h: N heads of RoPE, with cameras N more of ProPE.
+
+    In streaming without gradient they go into the cache, and the keys and values are all that it lets h see; then also h's own.
+    """
+    layout, N = shared.layout, attn.heads
+    cache = None if torch.is_grad_enabled() else shared.cache
+    q, k, v = (proj(h).unflatten(2, (N, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))
+    own, slots, into = None, None, {}
+    if cache is not None:
+        stored = 2 * N if cache.rotated and shared.cameras is not None else N
+        slots = None if shared.shared_prope else cache.slots(i, k, stored)
+        own = slots or (k.new_empty(*k.shape[:2], stored, k.shape[3]), v.new_empty(*v.shape[:2], stored, v.shape[3]))
+        into = {"k_out": own[0], "v_out": own[1], "turn_keys": cache.rotated}
+    where: dict[str, Any] = {"eps": attn.norm_q.eps, "start_frame": layout.start_frame, "halves": layout.halves, **into}
+    norms = attn.norm_q.weight, attn.norm_k.weight
+    if shared.cameras is None:
+        q, k = qk_norm_rope(q, k, *norms, shared.rope, layout.grid, v=v if into else None, **where)
+    else:
+        q, k, v = qk_norm_rope_prope(q, k, v, *norms, shared.rope, layout.grid, *shared.cameras, **where)
+    if cache is not None and own is not None:
+        k, v = cache.visible(i) if slots else cache.write(i, *own)
+    return q, k, v, own
+
+
+def cache_text(
+    i: int,
+    block: HunyuanVideo15TransformerBlock,
+    text: Tensor,
+    temb: Tensor,
+    lengths: tuple[int, ...],
+    cache: KVCache,
+    paths: int,
+) -> Tensor:
+    """The text's half of a block alone; its keys and values go into the cache, for each of the paths."""
+    h, rows = enter(block.norm1_context, text, temb)
+    q, k, v = text_heads(block.attn, h)
+    cache.write_prefix(i, k.repeat(1, 1, paths, 1), v.repeat(1, 1, paths, 1))
+    T = text.shape[1]
+    a = block.attn.to_add_out(attention(q, k, v, sees_text(T, T, T, lengths)).flatten(2))
+    return leave(text, a, rows, block.norm2_context, block.ff_context)
+
+
+def text_heads(attn: Attention, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed queries and keys, and values, of the text `[B, T, N, D]`."""
+    q, k, v = (proj(h).unflatten(2, (attn.heads, -1)) for proj in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    return attn.norm_added_q(q), attn.norm_added_k(k), v
