@@ -46,6 +46,9 @@ MODELS = {  # stages that leave a model: what the report calls it
 }
 
 
+BACKBONES = ("wan", "hunyuan_video15")  # the first is that of configs/rooms-<preset>/
+
+
 @dataclass(frozen=True)
 class Preset:
     """The rooms that a demo trains on, and the pose strings that it holds out. Models are in configs/rooms-<preset>/."""
@@ -71,14 +74,17 @@ def demo(
     preset: str = "tiny",
     seed: int = 0,
     *,
+    backbone: str = "wan",
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Runs every step that is not done yet and returns the page; `say` is given a line at each step."""
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if backbone not in BACKBONES:
+        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
     with reproducible(PRESETS[preset].threads):
-        return _demo(Path(output), preset, seed, overwrite, say)
+        return _demo(Path(output), preset, seed, backbone, overwrite, say)
 
 
 @contextmanager
@@ -102,8 +108,8 @@ def reproducible(threads: int | None) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[1], warn_only=True)
 
 
-def _demo(output: Path, preset: str, seed: int, overwrite: bool, say: Callable[[str], None]) -> Path:
-    configs = stage_configs(preset, output, seed)
+def _demo(output: Path, preset: str, seed: int, backbone: str, overwrite: bool, say: Callable[[str], None]) -> Path:
+    configs = stage_configs(preset, output, seed, backbone)
     plan = PRESETS[preset]
     journal = Journal(output, steps=len(STAGES) + len(MODELS) + 2, say=say, overwrite=overwrite)
     data = journal.step("data", {"preset": asdict(plan), "seed": seed}, output / "data", lambda: _rooms(plan, seed, output))
@@ -185,8 +191,31 @@ def config_folder(preset: str) -> Path:
     raise FileNotFoundError(f"configs/rooms-{preset} was found neither in {here} nor in {here.parent}")
 
 
-def stage_configs(preset: str, output: Path, seed: int) -> dict[str, RunConfig]:
-    """The preset's config of every stage, with the paths `out/rooms-<preset>/…` moved to `output` and the seed set."""
+def hunyuan_video15_config(wan: dict[str, Any]) -> dict[str, Any]:
+    """The HunyuanVideo15Transformer3DModel with the width, depth and token grid of a WanTransformer3DModel config."""
+    head = wan["attention_head_dim"]
+    across = 2 * ((head - head // 4) // 4)
+    return {
+        "in_channels": wan["in_channels"],
+        "out_channels": wan["out_channels"],
+        "num_attention_heads": wan["num_attention_heads"],
+        "attention_head_dim": head,
+        "num_layers": wan["num_layers"],
+        "num_refiner_layers": 1,
+        "mlp_ratio": wan["ffn_dim"] / (wan["num_attention_heads"] * head),
+        "patch_size": wan["patch_size"][1],
+        "text_embed_dim": wan["text_dim"],
+        "text_embed_2_dim": wan["text_dim"],
+        "image_embed_dim": wan["text_dim"],
+        "rope_axes_dim": [head - 2 * across, across, across],
+    }
+
+
+def stage_configs(preset: str, output: Path, seed: int, backbone: str = "wan") -> dict[str, RunConfig]:
+    """The preset's config of every stage, with the paths `out/rooms-<preset>/…` moved to `output` and the seed set.
+
+    Only the stage that makes a model from scratch says which backbone it is.
+    """
     folder, root = config_folder(preset), Path("out") / f"rooms-{preset}"
     move = lambda path: str(output / Path(path).relative_to(root))
     configs = {}
@@ -194,6 +223,9 @@ def stage_configs(preset: str, output: Path, seed: int) -> dict[str, RunConfig]:
         config = load_config(folder / f"{stage}.yaml", [f"seed={seed}"])
         config.output, config.data.path = move(config.output), move(config.data.path)
         config.init = {role: move(path) for role, path in config.init.items()}
+        if backbone == "hunyuan_video15" and config.model.config is not None:
+            config.model.class_name = "HunyuanVideo15Transformer3DModel"
+            config.model.config = hunyuan_video15_config(config.model.config)
         configs[stage] = config
     return configs
 

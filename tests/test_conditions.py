@@ -154,7 +154,7 @@ def test_wan_text_equals_diffusers(wan, pipeline):
         "a red room with a blue ball and a red box and a blue box",
         "red &amp; blue",
     ]
-    text = wan.encode_text(prompts)
+    text = wan.encode_text(prompts)["encoder_hidden_states"]
     expected, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=12, device="cpu")
     assert text.shape == (5, 12, 32)
     torch.testing.assert_close(text, expected, atol=1e-5, rtol=1e-5)
@@ -209,7 +209,8 @@ def test_streamed_decoding_with_the_residual_vae_of_wan_22(tmp_path):
 def test_wan_copies_itself(wan, wan_directory, tmp_path):
     wan.save_pretrained(tmp_path / "condition")
     again = load(tmp_path)
-    assert torch.equal(again.encode_text(["a red ball"]), wan.encode_text(["a red ball"]))
+    text = lambda condition: condition.encode_text(["a red ball"])["encoder_hidden_states"]
+    assert torch.equal(text(again), text(wan))
     copied, original = (
         load_file(d / "vae" / "diffusion_pytorch_model.safetensors") for d in (tmp_path / "condition", wan_directory)
     )
@@ -227,7 +228,7 @@ def test_wan_uses_only_what_is_there(wan_directory, tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer"):
         condition.encode_text(["a"])
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}))
-    with pytest.raises(ValueError, match="vae must be AutoencoderKLWan but is AutoencoderKL"):
+    with pytest.raises(ValueError, match="no condition side for 'AutoencoderKL'; known are AutoencoderKLWan"):
         load(tmp_path)
 
 
@@ -236,3 +237,34 @@ def test_wan_refuses_pixels_that_would_be_dropped(wan):
         wan.encode_to_latent(torch.zeros(1, 8, 3, 16, 16))
     with pytest.raises(ValueError, match="multiples of 8 but got"):
         wan.encode_to_latent(torch.zeros(1, 5, 3, 16, 20))
+
+
+def test_wan_image_conditions_equal_diffusers(wan_directory, tmp_path):
+    """Latents and mask as WanImageToVideoPipeline makes them; image states from the layer before the last."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    size = {"height": 28, "width": 28}
+    parts = {
+        "image_encoder": CLIPVisionModel(vision).eval(),
+        "image_processor": CLIPImageProcessor(size=size, crop_size=size),
+        "vae": AutoencoderKLWan.from_pretrained(wan_directory / "vae").eval(),
+    }
+    nothing = dict.fromkeys(("tokenizer", "text_encoder", "transformer"))
+    stock = WanImageToVideoPipeline(**parts, **nothing, scheduler=FlowMatchEulerDiscreteScheduler())
+    stock.save_pretrained(tmp_path)
+    image = torch.rand(1, 3, 16, 24) * 2 - 1
+    image = ((image + 1) * 127.5).round() / 127.5 - 1
+    got = load(tmp_path).encode_image(image, 3)
+    given = {"batch_size": 1, "num_channels_latents": 16, "height": 16, "width": 24, "num_frames": 9}
+    _, expected = stock.prepare_latents(image, **given, dtype=torch.float32, device="cpu")
+    torch.testing.assert_close(got["condition_latents"], expected.transpose(1, 2), atol=1e-5, rtol=0)
+    picture = ((image[0] + 1) * 127.5).round().byte()
+    with torch.no_grad():
+        states = stock.encode_image(picture, "cpu")
+    assert got["encoder_hidden_states_image"].shape == (1, 5, 16)
+    torch.testing.assert_close(got["encoder_hidden_states_image"], states, atol=1e-5, rtol=0)

@@ -26,3 +26,12 @@ def test_distributions():
     assert d.uniform("u", (1000,)).min() >= 0 and d.uniform("u", (1000,)).max() < 1
     assert sorted(d.permutation("p", 10)) == list(range(10))
     assert abs(d.normal("n", (10000,)).std() - 1) < 0.05
+
+
+def test_an_update_s_draws_are_the_same_for_all_its_micro_batches():
+    update = Draws(7).at(3, 1)
+    draw = lambda draws: draws.integers("exit_step", 0, 1000, (4,)).tolist()
+    assert draw(update.at(0).of_update()) == draw(update.at(5).of_update()) == draw(update)
+    others = [Draws(7).at(4, 1, 0), Draws(7).at(3, 0, 0), Draws(8).at(3, 1, 0)]
+    assert draw(update) not in [draw(other.of_update()) for other in others]
+    assert update.key("a") == Draws(7, (3, 1)).key("a") != update.key("b")

@@ -3,9 +3,10 @@ import json
 
 import pytest
 import torch
-from toy_backbones import LATENT, TEXT, GaussianBackbone, tiny_batch, tiny_wan
+from toy_backbones import LATENT, TEXT, GaussianBackbone, text_condition, tiny_batch, tiny_wan
 
 from dit_ops import cfg_euler_step, rope
+from dit_ops.conditions.arguments import per_sample
 from dit_ops.draws import Draws
 from dit_ops.flow import FlowSchedule
 from dit_ops.training import ode_sampling
@@ -22,18 +23,32 @@ def joint_sampling(model, config, noise, batch):
     """The definition: all frames at once, teacher-forced on the ground truth, two separate passes for guidance."""
     sigmas = FlowSchedule(config.shift).sampling(config.num_steps)
     given = dict(clean_latents=batch["latents"], viewmats=batch["viewmats"], Ks=batch["Ks"])
-    negative = NEGATIVE.expand_as(batch["text"])
+    negative = NEGATIVE.expand_as(batch["condition"]["encoder_hidden_states"])
     x, states = noise, [noise]
     for s, s_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         t = torch.full((len(x),), 1000 * s)
-        x = cfg_euler_step(x, model(x, t, batch["text"], **given), model(x, t, negative, **given), config.guidance, s, s_next)
+        x = cfg_euler_step(
+            x,
+            model(x, t, batch["condition"]["encoder_hidden_states"], **given),
+            model(x, t, negative, **given),
+            config.guidance,
+            s,
+            s_next,
+        )
         states.append(x)
     return states
 
 
 def sample(model, config, noise, batch):
     return sample_trajectories(
-        model, config, noise, batch["latents"], batch["text"], NEGATIVE, viewmats=batch["viewmats"], Ks=batch["Ks"]
+        model,
+        config,
+        noise,
+        batch["latents"],
+        batch["condition"],
+        text_condition(NEGATIVE),
+        viewmats=batch["viewmats"],
+        Ks=batch["Ks"],
     )
 
 
@@ -76,8 +91,8 @@ def test_linear_ode_in_closed_form(guidance):
             ODESamplingConfig(num_steps=n, guidance=guidance),
             noise,
             torch.zeros_like(noise),
-            text,
-            uncond,
+            text_condition(text),
+            text_condition(uncond),
         )
         for n in (400, 800)
     )
@@ -100,7 +115,7 @@ def test_kept_states():
 def test_guided_passes_share_a_forward():
     model, noise = GaussianBackbone(1.0), torch.randn(2, 3, *LATENT)
     config = ODESamplingConfig(num_steps=4)
-    sample_trajectories(model, config, noise, noise, torch.zeros(2, *TEXT), torch.zeros(TEXT))
+    sample_trajectories(model, config, noise, noise, text_condition(torch.zeros(2, *TEXT)), text_condition(torch.zeros(TEXT)))
     assert [len(c["latents"]) for c in model.calls] == [4] * 4
 
 
@@ -112,7 +127,7 @@ def test_training_goes_on_after_sampling():
     flow = model(
         batch["latents"],
         torch.full((2,), 500.0),
-        batch["text"],
+        batch["condition"]["encoder_hidden_states"],
         clean_latents=batch["latents"],
         viewmats=batch["viewmats"],
         Ks=batch["Ks"],
@@ -124,9 +139,10 @@ def test_training_goes_on_after_sampling():
 @pytest.fixture
 def workspace(tmp_path):
     """A data set of 5 samples in two shapes, a model, and the config of a run."""
-    with DatasetWriter(tmp_path / "data", fps=8, negative_text=NEGATIVE, condition={"name": "toy"}) as writer:
+    with DatasetWriter(tmp_path / "data", fps=8, negative=text_condition(NEGATIVE), condition={"name": "toy"}) as writer:
         for i, frames in enumerate((4, 4, 2, 4, 2)):
-            one = {k: v[0] for k, v in tiny_batch(1, frames, seed=i).items()}
+            batch = tiny_batch(1, frames, seed=i)
+            one = {k: v[0] for k, v in batch.items() if k != "condition"} | {"condition": per_sample(batch["condition"])[0]}
             writer.add(f"room-{i}", **one, prompt=f"room {i}", pose="w*3", height=32, width=32, split="train")
         (tmp_path / "data" / "condition").mkdir()
         (tmp_path / "data" / "condition" / "condition.json").write_text("{}")
@@ -158,12 +174,13 @@ def test_writes_a_data_set(workspace):
     assert run(config, progress=False) == ode_sampling.Path(config.output)
     source, dataset = LatentDataset(config.data.path), LatentDataset(config.output)
     assert dataset.meta == source.meta
-    assert torch.equal(dataset.negative_text, source.negative_text)
+    assert torch.equal(dataset.negative["encoder_hidden_states"], source.negative["encoder_hidden_states"])
     assert (dataset.condition_directory / "condition.json").is_file()
     by_id = {sample["id"]: sample for sample in (dataset[i] for i in range(len(dataset)))}
     for i in range(len(source)):
         given, got = source[i], by_id[source[i]["id"]]
-        for name in ("latents", "text", "viewmats", "Ks"):
+        assert torch.equal(got["condition"]["encoder_hidden_states"], given["condition"]["encoder_hidden_states"])
+        for name in ("latents", "viewmats", "Ks"):
             assert torch.equal(got[name], given[name])
         assert (got["prompt"], got["pose"]) == (given["prompt"], given["pose"])
         assert got["trajectory"].shape == (6, *given["latents"].shape)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_ops import rooms
+from dit_ops.actions import action_labels
 from dit_ops.camera import DEFAULT_INTRINSICS, intrinsics_matrix, invert_rigid, parse_trajectory
 from dit_ops.conditions import load
 from dit_ops.conditions.linear import LinearCondition
@@ -24,6 +25,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def decoded(dataset: LatentDataset, i: int) -> Tensor:
     return load(dataset.condition_directory).decode_to_pixel(dataset[i]["latents"][None])[0]
+
+
+def encoded(condition, prompt: str) -> Tensor:
+    return condition.encode_text([prompt])["encoder_hidden_states"][0]
 
 
 class EveryFourth(LinearCondition):
@@ -52,9 +57,9 @@ def test_rooms_data_set_holds_what_its_prompts_and_poses_say(tmp_path):
         assert torch.equal(sample["latents"], condition.encode_to_latent(truth[None])[0])
         assert torch.equal(sample["viewmats"], parse_trajectory(sample["pose"]))
         assert torch.equal(sample["Ks"], intrinsics_matrix(*rooms.INTRINSICS).expand(4, 3, 3))
-        assert torch.equal(sample["text"], condition.encode_text([sample["prompt"]])[0])
+        assert torch.equal(sample["condition"]["encoder_hidden_states"], encoded(condition, sample["prompt"]))
         assert psnr(decoded(dataset, i), truth) > 24
-    assert torch.equal(dataset.negative_text, condition.encode_text([""])[0])
+    assert torch.equal(dataset.negative["encoder_hidden_states"], encoded(condition, ""))
     again = make_rooms(tmp_path / "b", prompts=PROMPTS, count=6, frames=4, size=32, seed=3)
     other = make_rooms(tmp_path / "c", prompts=PROMPTS, count=6, frames=4, size=32, seed=4)
     poses = [[d[i]["pose"] for i in range(6)] for d in (dataset, again, other)]
@@ -230,3 +235,44 @@ def test_unclear_folders_are_refused_before_any_work(source, tmp_path):
     (source / "one.mp4").write_bytes(b"not a video")
     with pytest.raises(ValueError, match="one.mp4 is not a video"):
         find_clips(source)
+
+
+def test_parts_join_to_the_data_set_of_one_run(source, tmp_path):
+    """Any order, one of them stopped and run again; the last one to finish joins them."""
+    for name in "abcde":
+        clip(source, name, "w*2", caption=name)
+    options = {"size": 32, "condition": LinearCondition.fit(rooms.film(PROMPTS[0], "w*2", 32)[None]), "shard_bytes": 1}
+    whole = preprocess(source, tmp_path / "whole", **options)
+    for i in (1, 0):
+        preprocess(source, tmp_path / "parts", part=(i, 3), **options)
+        with pytest.raises(FileNotFoundError, match="has no index.jsonl"):
+            LatentDataset(tmp_path / "parts")
+    joined = preprocess(source, tmp_path / "parts", part=(2, 3), **options)
+    assert [entry["id"] for entry in joined.entries] == list("abcde") and joined.meta == whole.meta
+    for i in range(5):
+        assert torch.equal(joined[i]["latents"], whole[i]["latents"]) and joined[i]["prompt"] == whole[i]["prompt"]
+    assert load(joined.condition_directory).summary() == load(whole.condition_directory).summary()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "source", "whole"], "no part is left"
+    assert len(preprocess(source, tmp_path / "parts", part=(0, 3), **options)) == 5, "nothing left to do"
+    for part in ((3, 3), (0, 6)):
+        with pytest.raises(ValueError, match="part must be"):
+            preprocess(source, tmp_path / "bad", **options, part=part if part == (3, 3) else (5, 6))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_clips_go_to_the_nearest_bucket(source, tmp_path):
+    clip(source, "wide", "w*8", size=(32, 64), caption="a")
+    clip(source, "tall", "w*4", size=(64, 32), caption="b")
+    condition = LinearCondition.fit(torch.rand(1, 1, 3, 64, 64))
+    (source / "wide.pose").write_text("w*5")
+    (source / "tall.pose").write_text("w*3")
+    dataset = preprocess(source, tmp_path / "out", condition, size=[(32, 48), (48, 32)], frames=[4, 6], image=True, action=True)
+    shapes = {entry["id"]: (entry["height"], entry["width"], entry["frames"]) for entry in dataset.entries}
+    assert shapes == {"wide": (32, 48, 6), "tall": (48, 32, 4)}
+    for i in range(2):
+        sample = dataset[i]
+        known = sample["condition"]["condition_latents"]
+        assert torch.equal(sample["condition"]["action"], action_labels(sample["viewmats"]))
+        assert torch.equal(known[0, :16], sample["latents"][0]) and not known[1:].any() and known[0, 16].eq(1).all()
+    with pytest.raises(ValueError, match="tall.mp4 has 5 frames at 8 per second, fewer than the 6 asked for"):
+        preprocess(source, tmp_path / "bad", condition, size=32, frames=[8, 6])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from toy_backbones import LATENT, TEXT, GaussianBackbone, tiny_batch, tiny_wan
+from toy_backbones import LATENT, TEXT, GaussianBackbone, text_condition, tiny_batch, tiny_wan
 
 from dit_ops import flow_to_x0, renoise
 from dit_ops.draws import Draws
@@ -15,7 +15,7 @@ BLOCKS = ((0, 2), (2, 4), (4, 5))
 def rollout(generator, batch, exit_step, draws, **options):
     args = dict(viewmats=batch["viewmats"], Ks=batch["Ks"]) | options
     return inference_with_trajectory(
-        generator, batch["latents"], batch["text"], timesteps=TIMESTEPS, exit_step=exit_step, draws=draws, **args
+        generator, batch["latents"], batch["condition"], timesteps=TIMESTEPS, exit_step=exit_step, draws=draws, **args
     )
 
 
@@ -26,7 +26,7 @@ def one_block(generator, batch, i, pred, exit_step, draws):
     run = lambda x, t, f0, f1: generator(
         x,
         torch.full((B,), float(t)),
-        batch["text"],
+        batch["condition"]["encoder_hidden_states"],
         cache=cache,
         start_frame=f0,
         viewmats=batch["viewmats"][:, f0:f1],
@@ -72,7 +72,7 @@ def test_one_step_rollout_is_teacher_forcing_on_its_own_output():
         flow = generator(
             batch["latents"],
             torch.full((2,), 1000.0),
-            batch["text"],
+            batch["condition"]["encoder_hidden_states"],
             clean_latents=pred,
             viewmats=batch["viewmats"],
             Ks=batch["Ks"],
@@ -105,7 +105,13 @@ def test_gradient_through_the_past_would_be_another():
     pred, _, _ = rollout(generator, batch, 0, Draws(0))
     truncated = gradients(generator, (pred * weight).sum())
     camera = dict(viewmats=batch["viewmats"], Ks=batch["Ks"])
-    flow = generator(batch["latents"], torch.full((2,), 1000.0), batch["text"], clean_latents=pred.detach(), **camera)
+    flow = generator(
+        batch["latents"],
+        torch.full((2,), 1000.0),
+        batch["condition"]["encoder_hidden_states"],
+        clean_latents=pred.detach(),
+        **camera,
+    )
     through = gradients(generator, ((batch["latents"] - flow) * weight).sum())
     difference = relative_difference(truncated, through)
     assert difference["transformer.blocks.0.attn1.to_k.weight"] > 0.05
@@ -123,7 +129,7 @@ def test_noise_is_fresh_and_not_from_the_global_generator():
     """std = 0 and mean 0: x0 is exactly 0, so the input of step j is σ_j·ε of that block and step."""
     generator, batch = GaussianBackbone(0.0), tiny_batch(2, FRAMES)
     generator.block_frames = 2
-    batch["text"] = torch.zeros(2, *TEXT)
+    batch["condition"] = text_condition(torch.zeros(2, *TEXT))
     before = torch.random.get_rng_state()
     pred, _, _ = rollout(generator, batch, 3, Draws(5))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -156,3 +162,20 @@ def test_last_block_is_not_rerun():
 def test_exit_step_outside_the_list_is_an_error():
     with pytest.raises(ValueError, match=r"exit_step must be in \[0, 4\).*got 4"):
         rollout(tiny_wan(2), tiny_batch(1, FRAMES), 4, Draws(0))
+
+
+@pytest.mark.parametrize("exit_step", [0, 2, 3])
+def test_context_of_the_last_step(exit_step):
+    """Later blocks see the block denoised to the end; the prediction is still the x0 of the exit step, with its gradient."""
+    generator, batch = tiny_wan(2), tiny_batch(2, 4)
+    early, *_ = rollout(generator, batch, exit_step, Draws(3), context="last")
+    with torch.no_grad():
+        plain, *_ = rollout(generator, batch, exit_step, Draws(3))
+        end, *_ = rollout(generator, batch, 3, Draws(3))
+    torch.testing.assert_close(early[:, :2], plain[:, :2], atol=1e-6, rtol=0)
+    run = one_block(generator, batch, 1, end, exit_step, Draws(3))
+    torch.testing.assert_close(early[:, 2:], run, atol=2e-5, rtol=0)
+    if exit_step < 3:
+        assert (early[:, 2:] - plain[:, 2:]).abs().max() > 1e-3, "the context differs"
+    early.square().mean().backward()
+    assert all(p.grad is not None for p in generator.parameters())

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from toy_backbones import LATENT, TEXT, tiny_batch
+from toy_backbones import LATENT, TEXT, text_condition, tiny_batch
 from toy_stage import MODEL, Recorder, run_config, weights, write_dataset
 
 from dit_ops.conditions.linear import HashTextEmbedder, LinearCondition, PatchCodec
@@ -21,7 +21,7 @@ NEGATIVE = torch.full(TEXT, -5.0)
 
 def stage_of(**options) -> tuple[BidirectionalStage, Recorder]:
     backbone = Recorder(0.5)
-    return BidirectionalStage(BidirectionalConfig(**options), {"generator": backbone}, NEGATIVE), backbone
+    return BidirectionalStage(BidirectionalConfig(**options), {"generator": backbone}, text_condition(NEGATIVE)), backbone
 
 
 def test_one_fp32_timestep_per_sample_uniform_over_the_shifted_schedule():
@@ -85,14 +85,14 @@ def test_text_dropout_replaces_whole_texts_at_its_rate():
         text = torch.cat([call["text"] for call in backbone.calls])
         dropped = (text == NEGATIVE).all((1, 2))
         assert low <= dropped.float().mean() <= high
-        assert torch.equal(text[~dropped], batch["text"].repeat(4, 1, 1)[~dropped])
+        assert torch.equal(text[~dropped], batch["condition"]["encoder_hidden_states"].repeat(4, 1, 1)[~dropped])
     with pytest.raises(ValueError, match=r"text_dropout must be in \[0, 1\], got 1.5"):
         BidirectionalConfig(text_dropout=1.5)
 
 
 def test_roles_must_be_the_generator_alone():
     with pytest.raises(ValueError, match=r"roles \['generator'\], got \['generator', 'real_score'\]"):
-        BidirectionalStage(BidirectionalConfig(), {"generator": Recorder(), "real_score": Recorder()}, NEGATIVE)
+        BidirectionalStage(BidirectionalConfig(), {"generator": Recorder(), "real_score": Recorder()}, text_condition(NEGATIVE))
 
 
 @pytest.fixture
@@ -115,9 +115,9 @@ def test_a_run_resumed_exports_the_same_bytes_as_one_go(dataset, tmp_path):
 
 def test_gradient_checkpointing_and_bf16_compute_train_fp32_masters(dataset, tmp_path):
     plain = run(run_config(dataset, tmp_path / "plain", steps=2), progress=False)
-    saved = run(run_config(dataset, tmp_path / "saved", steps=2, gradient_checkpointing=True), progress=False)
+    saved = run(run_config(dataset, tmp_path / "saved", steps=2, activation_checkpointing="full"), progress=False)
     assert weights(plain) == weights(saved)
-    assert load_backbones(run_config(dataset, "unused", gradient_checkpointing=True))["generator"].gradient_checkpointing
+    assert load_backbones(run_config(dataset, "unused", activation_checkpointing="full"))["generator"].gradient_checkpointing
     mixed = run(run_config(dataset, tmp_path / "mixed", steps=2, precision="bf16"), progress=False)
     models = [
         load_backbones(run_config(dataset, "unused", init={"generator": str(path)}))["generator"] for path in (plain, mixed)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from toy_backbones import LATENT, TEXT, GaussianBackbone, TabularBackbone, tiny_batch, tiny_wan
+from toy_backbones import LATENT, TEXT, GaussianBackbone, TabularBackbone, text_condition, tiny_batch, tiny_wan
 
 from dit_ops.draws import Draws
 from dit_ops.flow import FlowSchedule
@@ -22,7 +22,9 @@ def test_every_sample_gets_its_own_state():
     trajectory = numbered(7)
     seen = set()
     for step in range(8):
-        stage.loss("generator", {"trajectory": trajectory, "text": torch.zeros(7, *TEXT)}, Draws(0, (step,)))
+        stage.loss(
+            "generator", {"trajectory": trajectory, "condition": text_condition(torch.zeros(7, *TEXT))}, Draws(0, (step,))
+        )
         call = model.calls[-1]
         k = (call["timestep"][:, None] - TIMESTEPS).abs().argmin(1)
         assert torch.equal(call["timestep"], TIMESTEPS[k])
@@ -43,7 +45,9 @@ def test_loss_is_the_formula():
     for b in range(3):
         given = {name: batch[name][b : b + 1] for name in ("viewmats", "Ks")}
         x, t = trajectory[b : b + 1, k[b]], TIMESTEPS[k[b] : k[b] + 1]
-        x0 = x - t / 1000 * model(x, t, batch["text"][b : b + 1], clean_latents=trajectory[b : b + 1, 5], **given)
+        x0 = x - t / 1000 * model(
+            x, t, batch["condition"]["encoder_hidden_states"][b : b + 1], clean_latents=trajectory[b : b + 1, 5], **given
+        )
         errors.append((x0 - trajectory[b : b + 1, 4]).square().mean())
     torch.testing.assert_close(loss, torch.stack(errors).mean())
 
@@ -56,7 +60,10 @@ def test_student_of_a_linear_ode_becomes_its_closed_form():
     start = torch.randn(256, 1, *LATENT)
     states = [(1 - s) * mean + e * start for s, e in zip(sigma, d, strict=True)]
     end = mean + std * start
-    batch = {"trajectory": torch.stack([*states, end, torch.zeros_like(end)], dim=1), "text": torch.zeros(256, *TEXT)}
+    batch = {
+        "trajectory": torch.stack([*states, end, torch.zeros_like(end)], dim=1),
+        "condition": text_condition(torch.zeros(256, *TEXT)),
+    }
     student = TabularBackbone(TIMESTEPS)
     stage = CausalODEStage(CausalODEConfig(), {"generator": student})
     optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
@@ -76,6 +83,8 @@ def test_student_of_a_linear_ode_becomes_its_closed_form():
 def test_wrong_trajectory_is_an_error():
     stage = CausalODEStage(CausalODEConfig(), {"generator": GaussianBackbone(1.0)})
     with pytest.raises(ValueError, match="trajectory must hold 6 states .*got 5"):
-        stage.loss("generator", {"trajectory": numbered(2)[:, 1:], "text": torch.zeros(2, *TEXT)}, Draws(0))
+        stage.loss(
+            "generator", {"trajectory": numbered(2)[:, 1:], "condition": text_condition(torch.zeros(2, *TEXT))}, Draws(0)
+        )
     with pytest.raises(ValueError, match=r"causal_ode: backbones must be for the roles \['generator'\], got \['teacher'\]"):
         CausalODEStage(CausalODEConfig(), {"teacher": GaussianBackbone(1.0)})

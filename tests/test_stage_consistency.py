@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from toy_backbones import LATENT, TEXT, GaussianBackbone, TabularBackbone, tiny_batch, tiny_wan
+from toy_backbones import LATENT, TEXT, GaussianBackbone, TabularBackbone, text_condition, tiny_batch, tiny_wan
 
 from dit_ops.draws import Draws
 from dit_ops.flow import FlowSchedule
@@ -13,7 +13,7 @@ NEGATIVE = torch.full(TEXT, -0.5)
 
 
 def make(config, generator, teacher, ema=None, negative=NEGATIVE):
-    stage = ConsistencyStage(config, {"generator": generator, "teacher": teacher}, negative)
+    stage = ConsistencyStage(config, {"generator": generator, "teacher": teacher}, text_condition(negative))
     stage.ema = {"generator": ema if ema is not None else copy.deepcopy(generator)}
     return stage
 
@@ -28,9 +28,9 @@ class Constant(nn.Module):
         self.calls = []
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, latents, timestep, text, **given):
+    def forward(self, latents, timestep, encoder_hidden_states, **given):
         self.calls.append({"latents": latents, "timestep": timestep, **given})
-        return torch.where(text[:, 0, 0] > 0, 1.0, 0.0).view(-1, 1, 1, 1, 1).expand_as(latents)
+        return torch.where(encoder_hidden_states[:, 0, 0] > 0, 1.0, 0.0).view(-1, 1, 1, 1, 1).expand_as(latents)
 
 
 def test_noise_levels_and_euler_step_are_exact():
@@ -38,7 +38,7 @@ def test_noise_levels_and_euler_step_are_exact():
     config = ConsistencyConfig()
     sigmas = FlowSchedule(5.0).sampling(50).double()
     clean = torch.zeros(64, 1, *LATENT)
-    batch = {"latents": clean, "text": torch.ones(64, *TEXT)}
+    batch = {"latents": clean, "condition": text_condition(torch.ones(64, *TEXT))}
     levels, worst_bf16 = set(), 0.0
     for step in range(12):
         student, teacher, ema = Constant(), Constant(), Constant()
@@ -63,7 +63,7 @@ def test_noise_levels_and_euler_step_are_exact():
 
 
 def test_every_network_is_teacher_forced_on_the_ground_truth():
-    batch = tiny_batch(2, 3) | {"text": torch.ones(2, *TEXT)}
+    batch = tiny_batch(2, 3) | {"condition": text_condition(torch.ones(2, *TEXT))}
     student, teacher, ema = Constant(), Constant(), Constant()
     make(ConsistencyConfig(), student, teacher, ema).loss("generator", batch, Draws(0))
     for model, copies in ((student, 1), (teacher, 2), (ema, 1)):
@@ -108,7 +108,7 @@ def test_student_of_a_linear_ode_becomes_its_closed_form(guidance):
     with torch.no_grad():  # x − σ·(a·x + b) = A·x + B on the last level, anything elsewhere
         student.a[-1], student.b[-1] = (1 - A[-2]) / sigmas[-2], -B[-2] / sigmas[-2]
     stage = make(config, student, GaussianBackbone(std), negative=torch.full(TEXT, negative))
-    batch = {"latents": mean + std * torch.randn(128, 1, *LATENT), "text": torch.full((128, *TEXT), mean)}
+    batch = {"latents": mean + std * torch.randn(128, 1, *LATENT), "condition": text_condition(torch.full((128, *TEXT), mean))}
     optimizer = torch.optim.Adam(student.parameters(), lr=0.05, betas=(0.8, 0.99))
     for step in range(600):
         for group in optimizer.param_groups:
@@ -133,6 +133,6 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="num_steps must be at least 2, got 1"):
         make(ConsistencyConfig(num_steps=1), Constant(), Constant())
     with pytest.raises(ValueError, match=r"roles \['generator', 'teacher'\], got \['generator'\]"):
-        ConsistencyStage(ConsistencyConfig(), {"generator": Constant()}, NEGATIVE)
+        ConsistencyStage(ConsistencyConfig(), {"generator": Constant()}, text_condition(NEGATIVE))
     with pytest.raises(ValueError, match="same block_frames, got .*'generator': 2, 'teacher': 4"):
         make(ConsistencyConfig(), tiny_wan(2), tiny_wan(4))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from toy_backbones import LATENT, TEXT, GaussianBackbone, gaussian_flow, tiny_batch, tiny_wan
+from toy_backbones import LATENT, NEGATIVE, TEXT, GaussianBackbone, gaussian_flow, text_condition, tiny_batch, tiny_wan
 
 from dit_ops.draws import Draws
 from dit_ops.training.dmd import DMDConfig, DMDStage, dmd_gradient
@@ -21,7 +21,7 @@ class Fixed(nn.Module):
     def new_cache(self, batch, height, width, **options):
         return None
 
-    def forward(self, latents, timestep, text, **given):
+    def forward(self, latents, timestep, encoder_hidden_states, **given):
         return (latents - self.x0) / (timestep / 1000).view(-1, 1, 1, 1, 1)
 
 
@@ -29,11 +29,11 @@ def gaussian_stage(x0, fake_mean, *, uncond_mean=0.0, **options):
     """real_score is exact for N(text, STD²), fake_score for N(fake_mean, STD²)."""
 
     class Fake(GaussianBackbone):
-        def forward(self, latents, timestep, text, **given):
-            return super().forward(latents, timestep, torch.full_like(text, fake_mean), **given)
+        def forward(self, latents, timestep, encoder_hidden_states, **given):
+            return super().forward(latents, timestep, torch.full_like(encoder_hidden_states, fake_mean), **given)
 
     backbones = {"generator": Fixed(x0), "real_score": GaussianBackbone(STD), "fake_score": Fake(STD)}
-    return DMDStage(DMDConfig(**options), backbones, torch.full(TEXT, uncond_mean))
+    return DMDStage(DMDConfig(**options), backbones, text_condition(torch.full(TEXT, uncond_mean)))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -43,7 +43,7 @@ def test_gradient_on_a_gaussian_is_the_closed_form(fake_mean, guidance):
     with m_real = u + g·(c − u); divided by mean|x − E_real[x0 | x_t]| and by the number of elements."""
     real_mean, uncond_mean = 0.7, 0.2
     x = fake_mean + STD * torch.randn(3, 2, *LATENT)
-    batch = {"latents": torch.zeros_like(x), "text": torch.full((3, *TEXT), real_mean)}
+    batch = {"latents": torch.zeros_like(x), "condition": text_condition(torch.full((3, *TEXT), real_mean))}
     draws = Draws(4, (0, 0, 0))
     stage = gaussian_stage(x, fake_mean, uncond_mean=uncond_mean, guidance=guidance)
     loss, metrics = stage.loss("generator", batch, draws)
@@ -67,7 +67,9 @@ def test_gradient_on_a_gaussian_is_the_closed_form(fake_mean, guidance):
 def test_gradient_vanishes_where_fake_is_real():
     x = 0.7 + STD * torch.randn(2, 2, *LATENT)
     stage = gaussian_stage(x, 0.7, guidance=1.0)
-    stage.loss("generator", {"latents": torch.zeros_like(x), "text": torch.full((2, *TEXT), 0.7)}, Draws(0))[0].backward()
+    stage.loss(
+        "generator", {"latents": torch.zeros_like(x), "condition": text_condition(torch.full((2, *TEXT), 0.7))}, Draws(0)
+    )[0].backward()
     assert stage.roles["generator"].x0.grad.abs().max() < 1e-6
 
 
@@ -76,10 +78,10 @@ def test_following_the_gradient_matches_the_distributions():
     x = -1 + STD * torch.randn(256, 1, *LATENT)
     stage = gaussian_stage(x, 0.0, guidance=1.0)
     generator, fake = stage.roles["generator"], stage.roles["fake_score"]
-    batch = {"latents": torch.zeros_like(x), "text": torch.full((256, *TEXT), 0.7)}
+    batch = {"latents": torch.zeros_like(x), "condition": text_condition(torch.full((256, *TEXT), 0.7))}
     for step in range(60):
         mean = generator.x0.detach().mean()
-        fake.forward = lambda latents, timestep, text, mean=mean, **given: gaussian_flow(
+        fake.forward = lambda latents, timestep, mean=mean, **given: gaussian_flow(
             latents, (timestep / 1000).view(-1, 1, 1, 1, 1), mean, STD
         )
         generator.x0.grad = None
@@ -96,7 +98,7 @@ def test_scores_see_timesteps_that_are_1000_sigma():
         x = torch.randn(8, 1, *LATENT)
         stage = gaussian_stage(x, 0.0)
         draws = Draws(0, (step, 0))
-        stage.loss("generator", {"latents": x, "text": torch.zeros(8, *TEXT)}, draws)
+        stage.loss("generator", {"latents": x, "condition": text_condition(torch.zeros(8, *TEXT))}, draws)
         (real,), (fake,) = stage.roles["real_score"].calls, stage.roles["fake_score"].calls
         assert not real["grad"] and not fake["grad"]
         assert torch.equal(real["latents"], fake["latents"].repeat(2, 1, 1, 1, 1))
@@ -125,7 +127,7 @@ def test_fake_score_loss_is_flow_matching_on_rollouts():
     x = torch.randn(3, 2, *LATENT)
     stage = gaussian_stage(x, 0.3)
     draws = Draws(2, (1, 0))
-    batch = {"latents": torch.zeros_like(x), "text": torch.zeros(3, *TEXT)}
+    batch = {"latents": torch.zeros_like(x), "condition": text_condition(torch.zeros(3, *TEXT))}
     loss, _ = stage.loss("fake_score", batch, draws)
     u, noise = draws.uniform("score_sigma", (3,)), draws.normal("score_noise", tuple(x.shape))
     s = (5 * u / (1 + 4 * u)).clamp(0.02, 0.98).view(3, 1, 1, 1, 1)
@@ -152,7 +154,7 @@ def test_updates():
 
 def test_exit_step_is_one_for_all_micro_batches_and_ranks():
     stage = gaussian_stage(torch.zeros(1, 1, *LATENT), 0.0)
-    batch = {"latents": torch.zeros(1, 1, *LATENT), "text": torch.zeros(1, *TEXT)}
+    batch = {"latents": torch.zeros(1, 1, *LATENT), "condition": text_condition(torch.zeros(1, *TEXT))}
     at = lambda *counters: stage.rollout(batch, Draws(0, counters))[1]
     for step in range(5):
         assert len({at(step, 0, micro) for micro in range(8)}) == 1
@@ -162,7 +164,7 @@ def test_exit_step_is_one_for_all_micro_batches_and_ranks():
 @pytest.fixture
 def wan_stage():
     backbones = {"generator": tiny_wan(2), "real_score": tiny_wan(None, seed=1), "fake_score": tiny_wan(None, seed=2)}
-    return DMDStage(DMDConfig(), backbones, torch.zeros(TEXT))
+    return DMDStage(DMDConfig(), backbones, NEGATIVE)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -191,7 +193,45 @@ def test_same_draws_give_the_same_loss(wan_stage):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="generator_every must be at least 1, got 0"):
         gaussian_stage(torch.zeros(1, 1, *LATENT), 0.0, generator_every=0)
-    with pytest.raises(ValueError, match=r"negative_text must be \[T, Dt\] = \[3, 8\], got \[1, 3, 8\]"):
+    with pytest.raises(ValueError, match=r"must be of one sample of the condition, \[3, 8\], got \[1, 3, 8\]"):
         stage = gaussian_stage(torch.zeros(1, 1, *LATENT), 0.0)
-        stage.negative_text = stage.negative_text[None]
-        stage.loss("generator", {"latents": torch.zeros(1, 1, *LATENT), "text": torch.zeros(1, *TEXT)}, Draws(0))
+        stage.negative = text_condition(torch.zeros(1, *TEXT))
+        stage.loss(
+            "generator", {"latents": torch.zeros(1, 1, *LATENT), "condition": text_condition(torch.zeros(1, *TEXT))}, Draws(0)
+        )
+
+
+def test_hunyuan_recipe_scores_between_the_exit_step_and_the_next():
+    """u between the raw levels, σ = shift(u); the timestep is 1000 σ, or reversed as released models were fed."""
+    options = {"score_range": "exit_step", "min_score_timestep": 0.0, "max_score_timestep": 1000.0}
+    levels = [1.0, 0.75, 0.5, 0.25, 0.0]
+    seen = set()
+    for step in range(24):
+        x, draws = torch.randn(64, 1, *LATENT), Draws(0, (step, 0, 0))
+        stage = gaussian_stage(x, 0.0, **options)
+        k = stage.exit_step(draws)
+        seen.add(k)
+        x_t, noise, sigma, t = stage.noised(x, draws)
+        raw = sigma / (5 - 4 * sigma)  # the inverse of shift 5
+        assert raw.min() >= levels[k + 1] - 1e-5 and raw.max() <= levels[k] + 1e-5
+        torch.testing.assert_close(t, 1000 * sigma)
+        s = sigma.view(-1, 1, 1, 1, 1)
+        torch.testing.assert_close(x_t, (1 - s) * x + s * noise, atol=1e-5, rtol=0)
+        reversed_stage = gaussian_stage(x, 0.0, **options, score_timestep="reversed")
+        *_, same_sigma, t = reversed_stage.noised(x, draws)
+        assert torch.equal(same_sigma, sigma) and (t - 1000 * (1 - raw)).abs().max() < 1.1
+    assert seen == {0, 1, 2, 3}
+
+
+def test_exclusive_updates():
+    stage = gaussian_stage(torch.zeros(1, 1, *LATENT), 0.0, exclusive=True, generator_every=3)
+    assert [stage.updates(i) for i in range(4)] == [["generator"], ["fake_score"], ["fake_score"], ["generator"]]
+    with pytest.raises(ValueError, match="generator_every must be at least 2 with exclusive"):
+        gaussian_stage(torch.zeros(1, 1, *LATENT), 0.0, exclusive=True, generator_every=1)
+
+
+def test_normalizer_of_the_batch_is_one_number():
+    x = torch.zeros(2, 1, *LATENT)
+    fake, real = x + torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1), x + torch.tensor([2.0, 6.0]).view(2, 1, 1, 1, 1)
+    own, shared = (dmd_gradient(x, fake, real, per_sample=flag)[:, 0, 0, 0, 0].tolist() for flag in (True, False))
+    assert own == [-0.5, -0.5] and shared == [-0.25, -0.75]

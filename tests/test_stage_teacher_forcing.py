@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from toy_backbones import TEXT, tiny_batch, tiny_wan
+from toy_backbones import TEXT, text_condition, tiny_batch, tiny_wan
 from toy_stage import Recorder, run_config, weights, write_dataset
 
 from dit_ops.draws import Draws
@@ -18,7 +18,7 @@ NEGATIVE = torch.full(TEXT, -5.0)
 def stage_of(block_frames: int | None = 2, **options) -> tuple[TeacherForcingStage, Recorder]:
     backbone = Recorder(0.5)
     backbone.block_frames = block_frames
-    return TeacherForcingStage(TeacherForcingConfig(**options), {"generator": backbone}, NEGATIVE), backbone
+    return TeacherForcingStage(TeacherForcingConfig(**options), {"generator": backbone}, text_condition(NEGATIVE)), backbone
 
 
 def noise_in(x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_a_block_is_trained_on_its_clean_past_only():
     """Changing the clean latents of block i changes the flow of later noisy blocks, and of no other."""
     model = tiny_wan(2)
     batch = tiny_batch(1, 6)
-    stage = TeacherForcingStage(TeacherForcingConfig(), {"generator": model}, NEGATIVE)
+    stage = TeacherForcingStage(TeacherForcingConfig(), {"generator": model}, text_condition(NEGATIVE))
     flows = []
     keep = lambda module, args, kwargs, flow: flows.append(flow.detach())
     change = lambda module, args, kwargs: (args, kwargs | {"clean_latents": kwargs["clean_latents"] + shift})

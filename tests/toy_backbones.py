@@ -10,7 +10,9 @@ TEXT = (3, 8)  # T, Dt
 
 
 class GaussianBackbone(nn.Module):
-    """The exact flow of data x0 ~ N(text[..., 0, 0], std²), independent in every element; records what it is called with.
+    """The exact flow of data x0 ~ N(mean, std²), independent in every element; mean is encoder_hidden_states[..., 0, 0].
+
+    Records what it is called with.
 
     x_t = (1 − σ)·x0 + σ·ε has variance d = (1 − σ)²·std² + σ²; with y = x_t − (1 − σ)·mean:
     E[x0 | x_t] = mean + (1 − σ)·std²·y / d,   E[ε | x_t] = σ·y / d.
@@ -26,9 +28,9 @@ class GaussianBackbone(nn.Module):
     def new_cache(self, batch: int, height: int, width: int, **options) -> None:
         return None
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, **given) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **given) -> Tensor:
         self.calls.append({"latents": latents, "timestep": timestep, "grad": torch.is_grad_enabled(), **given})
-        sigma, mean = (t.view(-1, 1, 1, 1, 1) for t in (timestep / 1000, text[:, 0, 0]))
+        sigma, mean = (t.view(-1, 1, 1, 1, 1) for t in (timestep / 1000, encoder_hidden_states[:, 0, 0]))
         return gaussian_flow(latents, sigma, mean, self.std)
 
 
@@ -48,7 +50,7 @@ class TabularBackbone(nn.Module):
         self.register_buffer("timesteps", timesteps.float())
         self.a, self.b = nn.Parameter(torch.zeros(len(timesteps))), nn.Parameter(torch.zeros(len(timesteps)))
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, **given) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **given) -> Tensor:
         distance, i = (timestep[:, None] - self.timesteps).abs().min(1)
         assert distance.max() < 1e-3, "a timestep that is not in the table"
         return self.a[i].view(-1, 1, 1, 1, 1) * latents + self.b[i].view(-1, 1, 1, 1, 1)
@@ -80,8 +82,15 @@ def tiny_wan(block_frames: int | None, *, seed: int = 0, camera: bool = True, sh
     return model
 
 
-def tiny_batch(B: int, frames: int, *, seed: int = 0) -> dict[str, Tensor]:
-    """latents, text, viewmats and Ks of B different random samples."""
+def text_condition(states: Tensor) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": states}
+
+
+NEGATIVE = text_condition(torch.zeros(TEXT))
+
+
+def tiny_batch(B: int, frames: int, *, seed: int = 0) -> dict:
+    """latents, condition, viewmats and Ks of B different random samples."""
     g = torch.Generator().manual_seed(seed)
     angle = torch.randn(B, frames, generator=g) * 0.5
     viewmats = torch.eye(4).repeat(B, frames, 1, 1)
@@ -91,7 +100,7 @@ def tiny_batch(B: int, frames: int, *, seed: int = 0) -> dict[str, Tensor]:
     Ks = torch.tensor([[0.5, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]).repeat(B, frames, 1, 1)
     return {
         "latents": torch.randn(B, frames, *LATENT, generator=g),
-        "text": torch.randn(B, *TEXT, generator=g),
+        "condition": text_condition(torch.randn(B, *TEXT, generator=g)),
         "viewmats": viewmats,
         "Ks": Ks,
     }

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from toy_backbones import LATENT, TEXT, tiny_batch
+from toy_backbones import LATENT, NEGATIVE, TEXT, tiny_batch
 
+from dit_ops.conditions.arguments import per_sample
 from dit_ops.draws import Draws
 from dit_ops.training.config import RunConfig, parse_config
 from dit_ops.training.data import DatasetWriter
@@ -94,17 +95,18 @@ class Recorder(nn.Module):
         self.flow = nn.Parameter(torch.tensor(flow))
         self.calls: list[dict] = []
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, **given) -> Tensor:
-        self.calls.append({"latents": latents, "timestep": timestep, "text": text, **given})
+    def forward(self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **given) -> Tensor:
+        self.calls.append({"latents": latents, "timestep": timestep, "text": encoder_hidden_states, **given})
         return self.flow.expand_as(latents)
 
 
 def write_dataset(directory: Path, condition=None) -> Path:
     """Six random samples of 4 frames, 4×4 latents."""
     samples = tiny_batch(6, 4)
-    with DatasetWriter(directory, fps=8, negative_text=torch.zeros(TEXT)) as writer:
+    with DatasetWriter(directory, fps=8, negative=NEGATIVE) as writer:
         for i in range(6):
-            sample = {key: value[i] for key, value in samples.items()}
+            sample = {key: value[i] for key, value in samples.items() if key != "condition"}
+            sample["condition"] = per_sample(samples["condition"])[i]
             writer.add(f"s{i}", **sample, prompt=f"room {i}", pose="w*3", height=32, width=32, split="train")
         if condition is not None:
             condition.save_pretrained(directory / "condition")

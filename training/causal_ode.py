@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dit_ops import flow_to_x0
 from dit_ops.draws import Draws
 from dit_ops.flow import FlowSchedule
+from dit_ops.training.flow_matching import cameras
 from dit_ops.training.roles import take_roles
 
 
@@ -25,7 +26,7 @@ class CausalODEStage:
 
     config_class = CausalODEConfig
 
-    def __init__(self, config: CausalODEConfig, backbones: dict[str, nn.Module], negative_text: Tensor | None = None):
+    def __init__(self, config: CausalODEConfig, backbones: dict[str, nn.Module], negative: dict[str, Tensor] | None = None):
         self.config = config
         self.roles = take_roles("causal_ode", backbones, trained=("generator",))
         self.timesteps = FlowSchedule(config.shift).few_step(config.denoising_steps)
@@ -34,7 +35,7 @@ class CausalODEStage:
         return ["generator"]
 
     def loss(self, role: str, batch: dict, draws: Draws) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """batch: trajectory [B, K + 2, F, Cz, h, w], text [B, T, Dt], viewmats [B, F, 4, 4], Ks [B, F, 3, 3]."""
+        """batch: trajectory [B, K + 2, F, Cz, h, w], condition: dict of [B, …], viewmats [B, F, 4, 4], Ks [B, F, 3, 3]."""
         states = batch["trajectory"].float()
         B, K = states.shape[0], len(self.timesteps)
         if states.shape[1] != K + 2:
@@ -46,8 +47,6 @@ class CausalODEStage:
         k = draws.integers("step", 0, K, (B,))
         x = states[torch.arange(B, device=states.device), k.to(states.device)]
         t = self.timesteps[k].to(states.device)
-        flow = self.roles["generator"](
-            x, t, batch["text"], clean_latents=clean, viewmats=batch.get("viewmats"), Ks=batch.get("Ks")
-        )
+        flow = self.roles["generator"](x, t, **batch["condition"], clean_latents=clean, **cameras(batch))
         x0 = flow_to_x0(x, flow, t / 1000)
         return nnf.mse_loss(x0.float(), x_end.float()), {}

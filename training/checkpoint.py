@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def agreed(value: Any) -> Any:
+    """Rank 0's value, on every rank: what ranks read from a shared file system may differ for a while."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
@@ -49,28 +59,69 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
+@dataclass
+class Save:
+    """A checkpoint that is being written: `finish` it."""
+
+    folder: Path
+    step: int
+    meta: dict[str, Any]
+    keep: int
+    written: Any = None  # a Future of the background thread
+
+    @property
+    def partial(self) -> Path:
+        return self.folder / f".{checkpoint_path(self.folder, self.step).name}.partial"
+
+    def finish(self) -> Path:
+        """Waits for the tensors, then makes the checkpoint visible and removes those that are too many. Collective."""
+        target, partial = checkpoint_path(self.folder, self.step), self.partial
+        if self.written is not None:
+            self.written.result()
+        barrier()
+        if is_writer():
+            (partial / META).write_text(json.dumps(self.meta))
+            _fsync(partial / META)
+            _fsync(partial)
+            os.rename(partial, target)
+            _fsync(self.folder)
+            for old in checkpoint_steps(self.folder)[: -self.keep]:
+                aside = self.folder / f".step-{old:06d}.old"
+                os.rename(checkpoint_path(self.folder, old), aside)
+                shutil.rmtree(aside)
+        barrier()
+        return target
+
+
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
     """tensors: nested dicts of tensors; meta: JSON. Only the newest `keep` checkpoints stay."""
-    target = checkpoint_path(folder, step)
-    partial = folder / f".{target.name}.partial"
-    if is_writer():
-        clean_partial(folder)
-        partial.mkdir(parents=True)
-    barrier()
+    save = _prepared(Save(folder, step, meta, keep))
     with _quiet():
-        dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
+        dcp.save(tensors, checkpoint_id=save.partial, no_dist=not dist.is_initialized())
+    return save.finish()
+
+
+def start_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Any], meta: dict[str, Any], keep: int, group: dist.ProcessGroup | None
+) -> Save:
+    """As save_checkpoint, but only copies the tensors to host memory; a thread writes them.
+
+    group   a gloo group of its own: the thread's collectives must not meet those of the training
+    """
+    save = _prepared(Save(folder, step, meta, keep))
+    with _quiet():
+        save.written = dcp.async_save(
+            tensors, checkpoint_id=save.partial, process_group=group, no_dist=not dist.is_initialized()
+        )
+    return save
+
+
+def _prepared(save: Save) -> Save:
     if is_writer():
-        (partial / META).write_text(json.dumps(meta))
-        _fsync(partial / META)
-        _fsync(partial)
-        os.rename(partial, target)
-        _fsync(folder)
-        for old in checkpoint_steps(folder)[:-keep]:
-            aside = folder / f".step-{old:06d}.old"
-            os.rename(checkpoint_path(folder, old), aside)
-            shutil.rmtree(aside)
+        clean_partial(save.folder)
+        save.partial.mkdir(parents=True)
     barrier()
-    return target
+    return save
 
 
 def load_meta(checkpoint: Path) -> dict[str, Any]:
@@ -90,8 +141,9 @@ def clean_partial(folder: Path) -> None:
 
 
 def export_model(directory: Path, backbone: Any, *, stage: str, sampler: dict[str, Any], condition: Path | None = None) -> Path:
-    """Writes a model directory for the pipelines: model_index.json, transformer/ and, if given, condition/.
+    """Writes a model directory for the pipelines: model_index.json, transformer/ and, if given, condition/. Collective.
 
+    backbone    a plain module; only rank 0's is used
     sampler     what the pipeline's settings shall be by default
     condition   a small condition side is copied; a diffusers model directory, gigabytes of text encoder, is linked
     """

@@ -64,14 +64,16 @@ class RoleOptimConfig:
 
 @dataclass
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices; everything else is AdamW's
     lr: float = 2e-6
     betas: tuple[float, float] = (0.0, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    momentum: float = 0.95  # muon's
     roles: dict[str, RoleOptimConfig] = field(default_factory=dict)
 
     def of(self, role: str) -> dict[str, Any]:
-        """The AdamW arguments of a role."""
+        """lr, betas, eps and weight_decay of a role."""
         values = {name: getattr(self, name) for name in ("lr", "betas", "eps", "weight_decay")}
         override = self.roles.get(role, RoleOptimConfig())
         return values | {name: value for name, value in vars(override).items() if value is not None}
@@ -116,9 +118,35 @@ class EMAConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes of torchrun share a run; gradients are averaged over all of them (docs/distributed.md)."""
+
+    data: int | None = None  # groups with batches of their own; None = processes / sequence
+    sequence: int = 1  # neighbouring ranks that share one video (Ulysses)
+    fsdp: Literal["none", "full", "hybrid"] = "none"  # parameters and optimizer state sharded over all ranks, or per replica
+    replicas: int | None = None  # of hybrid: copies of the model; None = one per node
+    cpu_offload: bool = False  # shards, gradients and optimizer state wait in host memory
+    accumulate: Literal["local", "sharded"] = (
+        "local"  # between micro batches: whole gradients, one reduction per update, or shards
+    )
+
+    def __post_init__(self):
+        _at_least("sequence", self.sequence, 1)
+        for name in ("data", "replicas"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.replicas is not None and self.fsdp != "hybrid":
+            raise ValueError(f"replicas belongs to fsdp 'hybrid', got fsdp {self.fsdp!r}")
+        for name, default in (("cpu_offload", False), ("accumulate", "local")):
+            if getattr(self, name) != default and self.fsdp == "none":
+                raise ValueError(f"{name} needs fsdp 'full' or 'hybrid', got {getattr(self, name)!r} with fsdp 'none'")
+
+
+@dataclass
 class CheckpointConfig:
     every: int = 1000  # 0 = only at the end
     keep: int = 2
+    background: bool = False  # write while training goes on; costs a copy of the state in host memory
 
     def __post_init__(self):
         _at_least("every", self.every, 0)
@@ -150,9 +178,13 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # of the compute; parameters and optimizer state are fp32
-    gradient_checkpointing: bool = False
-    grad_accumulation: int = 1  # micro batches per update; the gradient is their mean
+    activation_checkpointing: Literal["none", "selective", "full"] = (
+        "none"  # recompute blocks in backward; selective: not attention
+    )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    grad_accumulation: int = 1  # micro batches per update and data rank; the gradient is the mean over all of them
     clip_norm: float | None = None
+    skip_norm: float | None = None  # an update whose gradient norm is above this, or not finite, is left out
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -160,6 +192,7 @@ class RunConfig:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     sampler: dict[str, Any] = field(default_factory=dict)  # what the exported model's pipeline settings shall be by default
     log_every: int = 1
+    peak_flops: float | None = None  # of one device, for the MFU; None = known for the usual GPUs in bf16
     tensorboard: bool = True
 
     def __post_init__(self):
@@ -217,6 +250,14 @@ def _plain(value: Any) -> Any:
 
 def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(config_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def differences(old: Any, new: Any, at: str = "") -> dict[str, str]:
+    """dotted key → "key old → new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return {k: v for key in keys for k, v in differences(old.get(key), new.get(key), f"{at}.{key}".lstrip(".")).items()}
+    return {} if old == new else {at: f"{at} {old!r} → {new!r}"}
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -1,11 +1,13 @@
 """Latent data sets: safetensors shards + index.jsonl, read by mmap, written so that a killed writer leaves no readable half.
 
 index.jsonl            one object per sample: id, shard, prompt, frames (latent), height, width (pixels), fps, pose, [split]
-shard-00000.safetensors  "<id>.latents" [F, Cz, h, w]  "<id>.text" [T, Dt]  "<id>.viewmats" [F, 4, 4]  "<id>.Ks" [F, 3, 3]
+shard-00000.safetensors  "<id>.latents" [F, Cz, h, w]  "<id>.condition.<name>"  ["<id>.viewmats" [F, 4, 4]  "<id>.Ks" [F, 3, 3]]
                        and for ODE data "<id>.trajectory" [S, F, Cz, h, w]
 dataset.json           format version, fps, summary of the condition side
-negative.safetensors   "text" [T, Dt], the unconditional prompt
+negative.safetensors   "<name>", the unconditional prompt
 condition/             the condition side that made it, where it is small
+
+A condition's names are keyword arguments of the backbone's forward. Format 1 had one, encoder_hidden_states, as "text".
 """
 
 import json
@@ -20,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_ops.draws import Draws
 from dit_ops.files import atomic_path, read_safetensors
 
-FORMAT = 1
-TENSORS = ("latents", "text", "viewmats", "Ks", "trajectory")
+FORMAT = 2
+TENSORS = ("latents", "viewmats", "Ks", "trajectory")
+CAMERA = ("viewmats", "Ks")
 
 
 class DatasetWriter:
@@ -32,7 +34,7 @@ class DatasetWriter:
 
     mode: "create" refuses a finished data set, "overwrite" replaces it, "resume" keeps its samples, finished or not
     shard_bytes: a shard is written when its samples reach this size; at most this much work is lost when the writer is killed
-    dtype: of stored latents, text and trajectories (None: as given); cameras are fp32.
+    dtype: of stored latents, trajectories and floating conditions (None: as given); cameras are fp32.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class DatasetWriter:
         directory: str | Path,
         *,
         fps: float,
-        negative_text: Tensor,
+        negative: Mapping[str, Tensor],
         condition: Mapping[str, Any] | None = None,
         mode: Literal["create", "overwrite", "resume"] = "create",
         shard_bytes: int = 64 << 20,
@@ -50,7 +52,7 @@ class DatasetWriter:
             raise ValueError(f"mode must be 'create', 'overwrite' or 'resume' but got {mode!r}")
         self.directory = Path(directory)
         self.fps, self.shard_bytes, self.dtype = fps, shard_bytes, dtype
-        self._negative, self._mode = self._copy(negative_text, dtype), mode
+        self._negative, self._mode = {name: self._copy(value, dtype) for name, value in negative.items()}, mode
         self._meta = {"format": FORMAT, "fps": fps, "condition": dict(condition or {})}
         self._entries: list[dict[str, Any]] = []
         self._pending: list[dict[str, Any]] = []
@@ -87,7 +89,7 @@ class DatasetWriter:
             shutil.rmtree(self.directory / "condition", ignore_errors=True)
         _write_text(self.directory / "dataset.json", json.dumps(self._meta, indent=2) + "\n")
         with atomic_path(self.directory / "negative.safetensors") as temporary:
-            save_file({"text": self._negative}, temporary)
+            save_file(self._negative, temporary)
         return self
 
     def _check_same_meta(self) -> None:
@@ -99,34 +101,46 @@ class DatasetWriter:
     @staticmethod
     def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         """On the CPU and with memory of its own: safetensors refuses tensors that share memory."""
-        return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+        dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
     def add(
         self,
         id: str,
         *,
         latents: Tensor,
-        text: Tensor,
-        viewmats: Tensor,
-        Ks: Tensor,
+        condition: Mapping[str, Tensor],
         prompt: str,
         pose: str,
         height: int,
         width: int,
+        viewmats: Tensor | None = None,
+        Ks: Tensor | None = None,
         trajectory: Tensor | None = None,
         split: str | None = None,
     ) -> None:
-        """Append one sample, shapes as above. ValueError: a known id, a wrong shape, or a value that is not finite."""
+        """Append one sample, shapes as above; what `negative` has too must have its shape.
+
+        ValueError: a known id, a wrong name or shape, or a value that is not finite.
+        """
         if id in self._ids:
             raise ValueError(f"id {id!r} is already in {self.directory}")
         if latents.dim() != 4:
             raise ValueError(f"sample {id!r}: latents must have shape [F, Cz, h, w] but got {list(latents.shape)}")
         frames = latents.shape[0]
-        expected = {"text": self._negative.shape, "viewmats": (frames, 4, 4), "Ks": (frames, 3, 3)}
-        tensors = {"latents": latents, "text": text, "viewmats": viewmats, "Ks": Ks}
-        if trajectory is not None:
-            expected["trajectory"] = (*trajectory.shape[:1], *latents.shape)
-            tensors["trajectory"] = trajectory
+        if missing := sorted(self._negative.keys() - condition.keys()):
+            raise ValueError(
+                f"sample {id!r}: condition must have {', '.join(missing)} as the negative but has {sorted(condition)}"
+            )
+        expected = {f"condition.{name}": value.shape for name, value in self._negative.items()}
+        tensors = {"latents": latents} | {f"condition.{name}": value for name, value in condition.items()}
+        for name, tensor, shape in (
+            ("viewmats", viewmats, (frames, 4, 4)),
+            ("Ks", Ks, (frames, 3, 3)),
+            ("trajectory", trajectory, None if trajectory is None else (*trajectory.shape[:1], *latents.shape)),
+        ):
+            if tensor is not None and shape is not None:
+                tensors[name], expected[name] = tensor, torch.Size(shape)
         for name, shape in expected.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"sample {id!r}: {name} must have shape {list(shape)} but got {list(tensors[name].shape)}")
@@ -135,7 +149,7 @@ class DatasetWriter:
                 raise ValueError(f"sample {id!r}: {name} must be finite but has NaN or infinite values")
         entry = {"id": id, "prompt": prompt, "frames": frames, "height": height, "width": width, "fps": self.fps, "pose": pose}
         for name, tensor in tensors.items():
-            copy = self._copy(tensor, torch.float32 if name in ("viewmats", "Ks") else self.dtype)
+            copy = self._copy(tensor, torch.float32 if name in CAMERA else self.dtype)
             self._tensors[f"{id}.{name}"] = copy
             self._bytes += copy.nbytes
         self._pending.append(entry | ({"split": split} if split is not None else {}))
@@ -190,9 +204,10 @@ def read_index(path: Path) -> list[dict[str, Any]]:
 
 
 class LatentDataset:
-    """Random access to a finished data set: [i] -> dict of latents, text, viewmats, Ks, [trajectory], prompt, pose, id.
+    """Random access to a finished data set: [i] -> dict of latents, condition, [viewmats, Ks, trajectory], prompt, pose, id.
 
-    meta: the content of dataset.json; negative_text: [T, Dt]; condition_directory: where the condition side was saved, or None.
+    meta: the content of dataset.json; negative: the unconditional prompt's condition, without a batch axis
+    condition_directory: where the condition side was saved, or None
     FileNotFoundError: no finished data set, or a missing shard; ValueError: a damaged file, or a split without samples.
     """
 
@@ -204,17 +219,21 @@ class LatentDataset:
             hint = "its writer was stopped early; run it again to finish" if stopped else "no data set was written there"
             raise FileNotFoundError(f"{self.directory} has no index.jsonl: {hint}")
         self.meta = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
-        if self.meta.get("format") != FORMAT:
-            raise ValueError(f"{self.directory / 'dataset.json'}: format must be {FORMAT} but is {self.meta.get('format')!r}")
+        if self.meta.get("format") not in (1, FORMAT):
+            raise ValueError(
+                f"{self.directory / 'dataset.json'}: format must be 1 or {FORMAT} but is {self.meta.get('format')!r}"
+            )
         entries = read_index(index)
         self.entries = [entry for entry in entries if split is None or entry.get("split") == split]
         if not self.entries:
             splits = sorted({str(entry.get("split")) for entry in entries})
             raise ValueError(f"{self.directory} has no sample of split {split!r}; its splits: {', '.join(splits)}")
-        self.negative_text = read_safetensors(self.directory / "negative.safetensors")["text"]
+        negative = read_safetensors(self.directory / "negative.safetensors")
+        self.negative = {_condition_name(name): value for name, value in negative.items()}
         condition = self.directory / "condition"
         self.condition_directory = condition if condition.is_dir() else None
         self._shards: dict[str, Any] = {}
+        self._contents: dict[str, dict[str, list[str]]] = {}
         for shard in sorted({entry["shard"] for entry in self.entries}):
             self._open(shard)
 
@@ -238,44 +257,65 @@ class LatentDataset:
     def __getitem__(self, i: int) -> dict[str, Any]:
         entry = self.entries[i]
         shard = self._open(entry["shard"])
-        names = set(shard.keys())
-        sample: dict[str, Any] = {key: entry[key] for key in ("id", "prompt", "pose")}
-        for name in TENSORS:
-            key = f"{entry['id']}.{name}"
-            if key in names:
-                sample[name] = shard.get_tensor(key)
-            elif name != "trajectory":
-                raise ValueError(f"{self.directory / entry['shard']} lacks {key!r}, which index.jsonl names")
+        prefix = f"{entry['id']}."
+        sample: dict[str, Any] = {key: entry[key] for key in ("id", "prompt", "pose")} | {"condition": {}}
+        for name in self._names(entry["shard"]).get(entry["id"], ()):
+            tensor = shard.get_tensor(prefix + name)
+            if name in TENSORS:
+                sample[name] = tensor
+            else:
+                sample["condition"][_condition_name(name.removeprefix("condition."))] = tensor
+        wanted = ["latents", *(CAMERA if sample.keys() & set(CAMERA) else ())]
+        lacking = [name for name in wanted if name not in sample]
+        lacking += [f"condition.{name}" for name in self.negative if name not in sample["condition"]]
+        if lacking:
+            raise ValueError(f"{self.directory / entry['shard']} lacks {prefix + lacking[0]!r}, which index.jsonl names")
         return sample
 
-
-class BatchSampler:
-    """Batches as a pure function of the step: each epoch is a fresh permutation cut into whole batches, the rest dropped."""
-
-    def __init__(self, dataset_len: int, batch_size: int, seed: int) -> None:
-        if not 0 < batch_size <= dataset_len:
-            raise ValueError(f"batch_size must be between 1 and the {dataset_len} samples of the data set but got {batch_size}")
-        self.dataset_len, self.batch_size, self.seed = dataset_len, batch_size, seed
-        self.steps_per_epoch = dataset_len // batch_size
-        self._epoch, self._order = -1, [0]
-
-    def indices(self, step: int) -> list[int]:
-        """The samples of batch `step`, counted from 0 over all epochs."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, Draws(self.seed, (epoch,)).permutation("sample order", self.dataset_len)
-        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+    def _names(self, shard: str) -> dict[str, list[str]]:
+        """Sample id -> names of its tensors. Names have no dot besides that of "condition.<name>", ids may have some."""
+        if shard not in self._contents:
+            contents: dict[str, list[str]] = {}
+            for key in list(self._open(shard).keys()):
+                id, dot, name = key.rpartition(".condition.")
+                id, name = (id, f"condition.{name}") if dot else (key.rpartition(".")[0], key.rpartition(".")[2])
+                contents.setdefault(id, []).append(name)
+            self._contents[shard] = contents
+        return self._contents[shard]
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Samples -> batch: tensors stacked on a new first axis, strings in lists. ValueError: shapes differ (all are named)."""
     batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in ("id", "prompt", "pose")}
+    ids = batch["id"]
     for name in TENSORS:
-        tensors = [sample[name] for sample in samples if name in sample]
-        if not tensors:
-            continue
-        shapes = {sample["id"]: list(sample[name].shape) if name in sample else None for sample in samples}
-        if len({str(shape) for shape in shapes.values()}) > 1:
-            raise ValueError(f"one batch needs equal shapes of {name} but got {shapes}")
-        batch[name] = torch.stack(tensors)
+        _stack(batch, name, [sample.get(name) for sample in samples], ids)
+    conditions = [sample.get("condition", {}) for sample in samples]
+    batch["condition"] = {}
+    for name in sorted(set().union(*conditions)):
+        _stack(batch["condition"], name, [condition.get(name) for condition in conditions], ids)
     return batch
+
+
+def _stack(batch: dict[str, Any], name: str, tensors: list[Tensor | None], ids: list[str]) -> None:
+    shapes = {id: None if tensor is None else list(tensor.shape) for id, tensor in zip(ids, tensors, strict=True)}
+    if len({str(shape) for shape in shapes.values()}) > 1:
+        raise ValueError(f"one batch needs equal shapes of {name} but got {shapes}")
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given:
+        batch[name] = torch.stack(given)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors, also those inside its dictionaries, on a device; the rest as it is."""
+    moved: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, Mapping):
+            moved[key] = to_device(value, device)
+        else:
+            moved[key] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return moved
+
+
+def _condition_name(name: str) -> str:
+    return "encoder_hidden_states" if name == "text" else name

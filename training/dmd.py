@@ -2,7 +2,7 @@
 Self Forcing, arXiv 2506.08009)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dit_ops import add_noise, flow_to_x0
 from dit_ops.draws import Draws
 from dit_ops.flow import FlowSchedule
-from dit_ops.training.flow_matching import flow_loss
+from dit_ops.training.flow_matching import cameras, flow_loss
 from dit_ops.training.guidance import cond_and_uncond_flow
 from dit_ops.training.roles import take_roles
 from dit_ops.training.rollout import inference_with_trajectory
@@ -19,7 +19,17 @@ from dit_ops.training.rollout import inference_with_trajectory
 
 @dataclass(frozen=True)
 class DMDConfig:
-    """guidance g of the real score in `u + g·(c − u)`; scores are compared at timesteps in [min, max]_score_timestep."""
+    """guidance g of the real score in `u + g·(c − u)`; scores are compared at timesteps in [min, max]_score_timestep.
+
+    The defaults are Wan's recipe. HunyuanVideo 1.5's: exclusive, score_range "exit_step", normalizer "batch", context "last".
+
+    exclusive        at a generator step the fake score is not trained
+    score_range      "fixed": σ = shift(u), u ~ U[0, 1). "exit_step": u between the raw levels of the exit step and of the next
+    normalizer       mean|x − x0_real| per "sample", or over the "batch" of this micro batch
+    context          what later blocks see: each block as it was at the "exit" step, or denoised to the "last" step
+    score_timestep   "sigma": the scores are fed 1000·σ. "reversed": ⌊1000·(1 − u)⌋, which has no meaning but was fed to
+                     released HunyuanVideo 1.5 scores
+    """
 
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 5.0
@@ -27,6 +37,11 @@ class DMDConfig:
     generator_every: int = 5
     min_score_timestep: float = 20.0
     max_score_timestep: float = 980.0
+    exclusive: bool = False
+    score_range: Literal["fixed", "exit_step"] = "fixed"
+    normalizer: Literal["sample", "batch"] = "sample"
+    context: Literal["exit", "last"] = "exit"
+    score_timestep: Literal["sigma", "reversed"] = "sigma"
 
 
 class DMDStage:
@@ -37,36 +52,41 @@ class DMDStage:
 
     config_class = DMDConfig
 
-    def __init__(self, config: DMDConfig, backbones: dict[str, nn.Module], negative_text: Tensor):
+    def __init__(self, config: DMDConfig, backbones: dict[str, nn.Module], negative: dict[str, Tensor]):
         if config.generator_every < 1:
             raise ValueError(f"dmd: generator_every must be at least 1, got {config.generator_every}")
+        if config.exclusive and config.generator_every < 2:
+            raise ValueError(
+                "dmd: generator_every must be at least 2 with exclusive, or the fake score is never trained, got 1"
+            )
         self.config = config
         self.roles = take_roles("dmd", backbones, trained=("generator", "fake_score"), frozen=("real_score",))
-        self.negative_text = negative_text
+        self.negative = negative
         self.schedule = FlowSchedule(config.shift)
         self.timesteps = self.schedule.few_step(config.denoising_steps)
 
     def updates(self, step: int) -> list[str]:
-        return ["generator", "fake_score"] if step % self.config.generator_every == 0 else ["fake_score"]
+        if step % self.config.generator_every:
+            return ["fake_score"]
+        return ["generator"] if self.config.exclusive else ["generator", "fake_score"]
 
     def loss(self, role: str, batch: dict, draws: Draws) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """batch: latents [B, F, Cz, h, w] (for their shape), text [B, T, Dt], viewmats [B, F, 4, 4], Ks [B, F, 3, 3]."""
+        """batch: latents [B, F, Cz, h, w] (for their shape), condition: dict of [B, …], viewmats, Ks [B, F, …]."""
         if role == "generator":
             return self.generator_loss(batch, draws)
         return self.fake_score_loss(batch, draws)
 
     def generator_loss(self, batch: dict, draws: Draws) -> tuple[Tensor, dict[str, float | Tensor]]:
         """`0.5·mean((x − sg(x − g))²)`, whose gradient is g / numel, with g = dmd_gradient at a random σ."""
-        camera = _camera(batch)
+        condition, camera = batch["condition"], cameras(batch)
         x, timestep_from, _ = self.rollout(batch, draws)
         with torch.no_grad():
-            x_t, _, sigma = self.noised(x, draws)
-            flow_fake = self.roles["fake_score"](x_t, 1000 * sigma, batch["text"], **camera)
-            cond, uncond = cond_and_uncond_flow(
-                self.roles["real_score"], x_t, 1000 * sigma, batch["text"], self.negative_text, **camera
-            )
+            x_t, _, sigma, t = self.noised(x, draws)
+            flow_fake = self.roles["fake_score"](x_t, t, **condition, **camera)
+            cond, uncond = cond_and_uncond_flow(self.roles["real_score"], x_t, t, condition, self.negative, **camera)
             flow_real = uncond + self.config.guidance * (cond - uncond)
-            g = dmd_gradient(x, flow_to_x0(x_t, flow_fake, sigma), flow_to_x0(x_t, flow_real, sigma))
+            x0_fake, x0_real = flow_to_x0(x_t, flow_fake, sigma), flow_to_x0(x_t, flow_real, sigma)
+            g = dmd_gradient(x, x0_fake, x0_real, per_sample=self.config.normalizer == "sample")
         x = x.double()
         loss = 0.5 * nnf.mse_loss(x, (x - g).detach())
         return loss, {"dmd_gradient": g.abs().mean(), "timestep_from": timestep_from}
@@ -75,40 +95,46 @@ class DMDStage:
         """`MSE(v_fake(x_t, t), ε − x0)` with x0 a rollout of the generator."""
         with torch.no_grad():
             x, _, _ = self.rollout(batch, draws)
-            x_t, noise, sigma = self.noised(x, draws)
-        flow = self.roles["fake_score"](x_t, 1000 * sigma, batch["text"], **_camera(batch))
-        return flow_loss(flow, x, noise), {}
+            x_t, noise, _, t = self.noised(x, draws)
+        flow = self.roles["fake_score"](x_t, t, **batch["condition"], **cameras(batch))
+        return flow_loss(flow, noise.float() - x.float()), {}
+
+    def exit_step(self, draws: Draws) -> int:
+        """One for all blocks, micro batches and ranks of an update: it decides how many forwards (collectives) there are."""
+        return int(draws.of_update().integers("exit_step", 0, len(self.timesteps)))
 
     def rollout(self, batch: dict, draws: Draws) -> tuple[Tensor, float, float]:
-        """One exit step for all blocks, micro batches and ranks: it decides how many forwards (collectives) there are."""
-        same_everywhere = Draws(draws.seed, draws.counters[:2])  # (step, update)
-        exit_step = int(same_everywhere.integers("exit_step", 0, len(self.timesteps)))
         latents = batch["latents"]
         noise = draws.normal("noise", tuple(latents.shape), device=latents.device)
         return inference_with_trajectory(
             self.roles["generator"],
             noise,
-            batch["text"],
+            batch["condition"],
             timesteps=self.timesteps,
-            exit_step=exit_step,
+            exit_step=self.exit_step(draws),
             draws=draws,
-            **_camera(batch),
+            context=self.config.context,
+            **cameras(batch),
         )
 
-    def noised(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """`(x_t, ε, σ)` with σ [B] = clamp(shift(U[0, 1)))."""
-        low, high = self.config.min_score_timestep / 1000, self.config.max_score_timestep / 1000
-        sigma = self.schedule.shifted(draws.uniform("score_sigma", (x.shape[0],), device=x.device)).clamp(low, high)
+    def noised(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(x_t, ε, σ, t)` with σ [B] = clamp(shift(u)) and t what the scores are fed."""
+        config = self.config
+        u = draws.uniform("score_sigma", (x.shape[0],), device=x.device)
+        if config.score_range == "exit_step":
+            levels = [level / 1000 for level in config.denoising_steps] + [0.0]
+            k = self.exit_step(draws)
+            u = levels[k + 1] + (levels[k] - levels[k + 1]) * u
+        low, high = config.min_score_timestep / 1000, config.max_score_timestep / 1000
+        sigma = self.schedule.shifted(u).clamp(low, high)
         noise = draws.normal("score_noise", tuple(x.shape), device=x.device, dtype=x.dtype)
-        return add_noise(x, noise, sigma), noise, sigma
+        t = 1000 * sigma if config.score_timestep == "sigma" else (1000 * (1 - u)).floor()
+        return add_noise(x, noise, sigma), noise, sigma, t
 
 
-def dmd_gradient(x: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
-    """`(x0_fake − x0_real) / mean|x − x0_real|`, the mean per sample; fp64, NaN and infinities set to finite values."""
+def dmd_gradient(x: Tensor, x0_fake: Tensor, x0_real: Tensor, *, per_sample: bool = True) -> Tensor:
+    """`(x0_fake − x0_real) / mean|x − x0_real|`, per sample or over the batch; fp64, non-finite values made finite."""
     x, x0_fake, x0_real = x.double(), x0_fake.double(), x0_real.double()
     scale = (x - x0_real).abs().flatten(1).mean(1).clamp_min(1e-8)
+    scale = scale if per_sample else scale.mean().expand_as(scale)
     return torch.nan_to_num((x0_fake - x0_real) / scale.view(-1, *[1] * (x.dim() - 1)))
-
-
-def _camera(batch: dict) -> dict[str, Any]:
-    return {"viewmats": batch.get("viewmats"), "Ks": batch.get("Ks")}

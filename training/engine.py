@@ -1,20 +1,22 @@
-"""The loop that every training stage runs on: AdamW per role, accumulation, clipping, EMA, checkpoints, exact resume, metrics.
+"""The loop that every training stage runs on: optimizers per role, accumulation, clipping, EMA, exact resume, metrics.
 
-A stage says which roles to update at a step and what their loss is; the engine does the rest. Every random number of a step
-comes from Draws(seed, step, update, micro batch), every batch from its running number: a resumed run repeats and skips nothing.
+A stage says which roles to update at a step and what their loss is; the engine does the rest, on one process or on the ranks of
+a mesh (data × sequence) that a stage knows nothing of. Every random number of a step comes from Draws(seed, step, update,
+micro batch), every batch from its running number: a resumed run repeats and skips nothing, on any number of ranks.
 """
 
 import copy
 import json
 import logging
 import signal
-import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,10 +24,16 @@ from dit_ops import ema_update_
 from dit_ops.draws import Draws
 from dit_ops.registry import backbone_class, load_backbone
 from dit_ops.training import checkpoint
-from dit_ops.training.config import RunConfig, config_dict, save_config, stage_class
-from dit_ops.training.data import BatchSampler, LatentDataset, collate
-from dit_ops.training.metrics import MetricsLog
-from dit_ops.training.random_state import random_state, seed_all, set_random_state
+from dit_ops.training.config import RunConfig, config_dict, differences, save_config, stage_class
+from dit_ops.training.data import LatentDataset, collate, to_device
+from dit_ops.training.gradients import average_gradients, clip_gradients, grad_norm, reduce_in_backward
+from dit_ops.training.meters import Meters, peak_flops, video_tokens
+from dit_ops.training.metrics import MEASURED, MetricsLog
+from dit_ops.training.optim import optimizers
+from dit_ops.training.parallelize import gathered, parallelize, skeleton
+from dit_ops.training.random_state import seed_all
+from dit_ops.training.ranks import device_of, process_group, ranks_of
+from dit_ops.training.sampler import BatchSampler, bucket_keys
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +42,7 @@ Validate = Callable[[nn.Module, int, Path], dict[str, float] | None]
 
 
 class Stage(Protocol):
-    """Constructed as Stage(options, backbones, negative_text). Frozen roles have no parameter that requires a gradient.
+    """Constructed as Stage(options, backbones, negative). Frozen roles have no parameter that requires a gradient.
 
     Optional: `config_class`, the dataclass of its options; `needs_ema = True`: the engine sets `ema`, a dict role → module;
     `on_step_end(role)` after an update of the role; `run(config, *, resume, progress)` replaces the engine.
@@ -58,24 +66,23 @@ def run(config: RunConfig, *, resume: bool = True, progress: bool = True, valida
     KeyboardInterrupt (Ctrl-C or SIGTERM): the state was saved, the same call goes on
     """
     cls = stage_class(config.stage)
-    if hasattr(cls, "run"):
-        return cls.run(config, resume=resume, progress=progress)
-    dataset = LatentDataset(config.data.path, config.data.split)
-    backbones = load_backbones(config)
-    stage = cls(config.options, backbones, dataset.negative_text.to(device_of(config)))
-    engine = Engine(config, stage, dataset, Path(config.output), progress=progress, validate=validate)
-    engine.train(resume=resume)
-    return engine.export()
-
-
-def device_of(config: RunConfig) -> torch.device:
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    with process_group(config):
+        if hasattr(cls, "run"):
+            return cls.run(config, resume=resume, progress=progress)
+        dataset = LatentDataset(config.data.path, config.data.split)
+        backbones = load_backbones(config)
+        stage = cls(config.options, backbones, to_device(dataset.negative, device_of(config)))
+        engine = Engine(config, stage, dataset, Path(config.output), progress=progress, validate=validate)
+        engine.train(resume=resume)
+        return engine.export()
 
 
 def load_backbones(config: RunConfig) -> dict[str, nn.Module]:
-    """One fp32 model per role of config.init; a generator without one is made from config.model.config."""
-    model, device = config.model, device_of(config)
+    """One fp32 model per role of config.init; a generator without one is made from config.model.config.
+
+    What will be sharded stays in host memory: the device never holds a whole model.
+    """
+    model, device = config.model, device_of(config) if config.parallel.fsdp == "none" else torch.device("cpu")
     backbones: dict[str, Any] = {role: load_backbone(path, dtype=torch.float32) for role, path in config.init.items()}
     if "generator" not in backbones:
         if model.config is None:
@@ -87,9 +94,12 @@ def load_backbones(config: RunConfig) -> dict[str, nn.Module]:
     for backbone in backbones.values():
         if model.camera:
             backbone.add_camera()
-        backbone.gradient_checkpointing = config.gradient_checkpointing
+        backbone.gradient_checkpointing = config.activation_checkpointing
         backbone.to(device)
     return backbones
+
+
+SHOWN = [f"{MEASURED}{name}" for name in ("step_seconds", "tokens_per_second", "mfu", "peak_memory_gb")]
 
 
 class Engine:
@@ -106,35 +116,49 @@ class Engine:
         validate: Validate | None = None,
     ):
         self.config, self.stage, self.dataset, self.output = config, stage, dataset, Path(output)
-        self.device = device_of(config)
+        self.device, self.ranks = device_of(config), ranks_of(config)
         self.progress, self.validate = progress and checkpoint.is_writer(), validate
         self.step = 0
-        self.batches = 0  # micro batches taken so far, over all roles
-        self.sampler = BatchSampler(len(dataset), config.data.batch_size, config.seed)
+        self.updates = 0  # of all roles
+        samples = config.data.batch_size * config.grad_accumulation * self.ranks.data
+        self.sampler = BatchSampler(bucket_keys(dataset), samples, config.seed)
         self.checkpoints = self.output / "checkpoints"
-        self.parameters = {role: trainable(module) for role, module in stage.roles.items() if any(trainable(module))}
-        if not self.parameters:
+        trained = {role for role, module in stage.roles.items() if trainable(module)}
+        if not trained:
             raise ValueError(f"stage {config.stage!r} has nothing to train in its roles {sorted(stage.roles)}")
-        for role, module in stage.roles.items():
-            module.train(role in self.parameters)
         for role in config.optim.roles:
-            if role not in self.parameters:
-                raise ValueError(f"optim.roles.{role}: this stage trains the roles {sorted(self.parameters)}")
-        self.optimizers = {role: adamw(values, **config.optim.of(role)) for role, values in self.parameters.items()}
-        self.ema = self._make_ema()
+            if role not in trained:
+                raise ValueError(f"optim.roles.{role}: this stage trains the roles {sorted(trained)}")
+        self.ema = self._make_ema(trained)
+        self._plain = skeleton(stage.roles["generator"]) if config.parallel.fsdp != "none" else None
+        self.meters = Meters(self.device, config.peak_flops or peak_flops(self.device, config.precision))
+        for module in {id(m): m for m in (*stage.roles.values(), *self.ema.values())}.values():
+            parallelize(module, config, self.ranks, self.device)
+            self.meters.watch(module, self.ranks.sequence)
+        self.parameters = {role: trainable(stage.roles[role]) for role in stage.roles if role in trained}
+        for role, module in stage.roles.items():
+            module.train(role in trained)
+        made = lambda role: optimizers(
+            self.parameters[role].values(), config.optim.name, config.optim.momentum, **config.optim.of(role)
+        )
+        self.optimizers = {role: made(role) for role in self.parameters}
         self.metrics = MetricsLog(self.output, tensorboard=config.tensorboard)
         self._stop = False
+        self._saved = -1  # step of the newest checkpoint, written or being written
+        self._saving: checkpoint.Save | None = None
+        in_background = config.checkpoint.background and self.ranks.world > 1
+        self._save_group = dist.new_group(backend="gloo") if in_background else None
 
-    def _make_ema(self) -> dict[str, nn.Module]:
+    def _make_ema(self, trained: set[str]) -> dict[str, nn.Module]:
         needed = getattr(self.stage, "needs_ema", False)
         if self.config.ema.decay is None:
             if needed:
                 raise ValueError(f"stage {self.config.stage!r} needs an average of its generator: set ema.decay")
             return {}
-        unknown = set(self.config.ema.roles) - set(self.parameters)
+        unknown = set(self.config.ema.roles) - trained
         if unknown:
-            raise ValueError(f"ema.roles: this stage trains the roles {sorted(self.parameters)}, got {sorted(unknown)}")
-        average = lambda role: copy.deepcopy(self.stage.roles[role]).float().requires_grad_(False).eval()
+            raise ValueError(f"ema.roles: this stage trains the roles {sorted(trained)}, got {sorted(unknown)}")
+        average = lambda role: copy.deepcopy(self.stage.roles[role]).requires_grad_(False).eval()
         ema = {role: average(role) for role in self.config.ema.roles}
         if needed:
             self.stage.ema = ema
@@ -144,16 +168,20 @@ class Engine:
         """Runs to config.steps and returns the step reached; Ctrl-C or SIGTERM saves and raises KeyboardInterrupt."""
         self._begin(resume)
         config = self.config
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes a flow in place
         bar = tqdm(total=config.steps, initial=self.step, desc=config.stage, unit="step", disable=not self.progress)
         with bar, self._signals():
             while self.step < config.steps and not self._stop:
-                started = time.perf_counter()
+                self.meters.begin()
                 for index, role in enumerate(self.stage.updates(self.step)):
                     self._update(role, index)
                 self.step += 1
-                self.metrics.add("step_seconds", time.perf_counter() - started)
+                for name, value in self.meters.take().items():
+                    self.metrics.add(MEASURED + name, value)
+                self._agree()
                 self._end_step(bar)
         self._save()
+        self._finish_save()
         if self.metrics.pending:
             self.metrics.write(self.step)
         self.metrics.close()
@@ -162,29 +190,62 @@ class Engine:
         return self.step
 
     def _update(self, role: str, index: int) -> None:
-        """One optimizer step on the mean gradient of `grad_accumulation` micro batches."""
-        config, optimizer = self.config, self.optimizers[role]
-        lr = config.optim.of(role)["lr"] * config.schedule.factor(self.step, config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
+        """One optimizer step on the mean gradient of `grad_accumulation` micro batches on each data rank."""
+        config, parameters, phase = self.config, self.parameters[role].values(), self.meters.phase
+        module, rates, values = self.stage.roles[role], config.optim.of(role), []
+        lr = rates["lr"] * config.schedule.factor(self.step, config.steps)
+        for optimizer in self.optimizers[role]:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        samples = self.sampler.indices(self.updates)
+        self.updates += 1
         for micro in range(config.grad_accumulation):
-            batch = self._next_batch()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, metrics = self.stage.loss(role, batch, Draws(config.seed).at(self.step, index, micro))
-            (loss / config.grad_accumulation).backward()
-            for name, value in {"loss": loss, **metrics}.items():
-                self.metrics.add(f"{name}/{role}", value)
-        limit = float("inf") if config.clip_norm is None else config.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters[role].values(), limit)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if role in self.ema:
-            self._update_ema(role)
+            number = micro * self.ranks.data + self.ranks.data_rank
+            draws = Draws(config.seed).at(self.step, index, number)
+            seed_all(draws)
+            with phase("data"):
+                size = config.data.batch_size
+                batch = to_device(collate([self.dataset[i] for i in samples[number * size :][:size]]), self.device)
+                self.meters.tokens += video_tokens(module, batch["latents"]) * self.ranks.data
+            reduce_in_backward(module, micro == config.grad_accumulation - 1, config.parallel.accumulate)
+            with phase("forward"), self._precision():
+                loss, metrics = self.stage.loss(role, batch, draws)
+            with phase("backward"):
+                (loss / config.grad_accumulation).backward()
+            values += [(f"{name}/{role}", value) for name, value in {"loss": loss, **metrics}.items()]
+        with phase("optimizer"):
+            average_gradients(parameters, self.ranks.world)
+            norm = grad_norm(parameters)
+            skipped = config.skip_norm is not None and not float(norm) <= config.skip_norm
+            if not skipped:
+                if config.clip_norm is not None:
+                    clip_gradients(parameters, config.clip_norm, norm)
+                for optimizer in self.optimizers[role]:
+                    optimizer.step()
+            for optimizer in self.optimizers[role]:
+                optimizer.zero_grad(set_to_none=True)
+            if role in self.ema:
+                self._update_ema(role)
         if hasattr(self.stage, "on_step_end"):
             self.stage.on_step_end(role)
-        self.metrics.add(f"grad_norm/{role}", norm)
+        for name, value in values if not skipped else ():
+            self.metrics.add(name, value)
+        if not skipped:
+            self.metrics.add(f"grad_norm/{role}", norm)
+        if config.skip_norm is not None:
+            self.metrics.add(f"skipped/{role}", float(skipped))
         self.metrics.add(f"lr/{role}", lr)
+
+    def _precision(self) -> torch.autocast:
+        """bf16 compute over fp32 parameters: FSDP gathers them in bf16, else autocast rounds them where they are used.
+
+        A cast that was cached in the forward would be missing when selective checkpointing runs it again.
+        """
+        config = self.config
+        enabled = config.precision == "bf16" and config.parallel.fsdp == "none"
+        cached = config.activation_checkpointing != "selective"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cached)
 
     def _update_ema(self, role: str) -> None:
         shadow, source = self.ema[role], self.stage.roles[role]
@@ -192,10 +253,15 @@ class Engine:
         for to, value in zip(shadow.buffers(), source.buffers(), strict=True):
             to.copy_(value)
 
-    def _next_batch(self) -> dict[str, Any]:
-        items = [self.dataset[i] for i in self.sampler.indices(self.batches)]
-        self.batches += 1
-        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
+    def _agree(self) -> None:
+        """All ranks stop after the same step, and finish a checkpoint when all have written theirs."""
+        flags = torch.tensor([self._stop, self._saving is not None and not self._saving.written.done()], dtype=torch.int32)
+        if self.ranks.world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stop, writing = flags.tolist()
+        self._stop = bool(stop)
+        if not writing:
+            self._finish_save()
 
     def _end_step(self, bar: tqdm) -> None:
         config = self.config
@@ -205,7 +271,7 @@ class Engine:
         if self.step % config.log_every == 0:
             self.metrics.check_finite(self.step)
             line = self.metrics.write(self.step)
-            shown = {name: f"{v:.4g}" for name, v in line.items() if name.startswith("loss/") or name == "step_seconds"}
+            shown = {n.removeprefix(MEASURED): f"{v:.4g}" for n, v in line.items() if n.startswith("loss/") or n in SHOWN}
             bar.set_postfix(shown, refresh=False)
         bar.update()
         if due(config.checkpoint.every):
@@ -217,7 +283,7 @@ class Engine:
 
     def _validate(self, validate: Validate) -> None:
         model = self.exported_model()
-        training, state = model.training, random_state()
+        training = model.training
         folder = self.output / "validation" / f"step-{self.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         model.eval()
@@ -225,19 +291,22 @@ class Engine:
             for name, value in (validate(model, self.step, folder) or {}).items():
                 self.metrics.add(f"validate/{name}", value)
         model.train(training)
-        set_random_state(state)
 
     def export(self) -> Path:
-        """<output>/model: the trained generator, the condition side of the data set, and the sampler that fits both."""
+        """<output>/model: the trained generator, the condition side of the data set, and the sampler that fits both.
+
+        Collective; a sharded generator is gathered in rank 0's host memory.
+        """
         config, dataset = self.config, self.dataset
         stage = {key: getattr(config.options, key, None) for key in ("shift", "denoising_steps")}
         entry, K = dataset.entries[0], dataset[0]["Ks"][0]
         video = {key: entry.get(key) for key in ("frames", "height", "width", "fps")}
         intrinsics = {"intrinsics": [round(float(K[i, j]), 7) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2))]}
         given = Path(config.data.condition) if config.data.condition else None
+        model = self.exported_model()
         return checkpoint.export_model(
             self.output / "model",
-            self.exported_model(),
+            gathered(model, self._plain) if self._plain is not None else model,
             stage=config.stage,
             sampler=stage | video | intrinsics | config.sampler,
             condition=dataset.condition_directory or given,
@@ -248,35 +317,45 @@ class Engine:
         return {
             "model": {role: self.stage.roles[role].state_dict() for role in self.parameters},
             "optimizer": {
-                role: {name: dict(self.optimizers[role].state[p]) for name, p in values.items()}
+                role: {name: dict(o.state[p]) for name, p in values.items() for o in self.optimizers[role] if p in o.state}
                 for role, values in self.parameters.items()
             },
             "ema": {role: module.state_dict() for role, module in self.ema.items()},
         }
 
     def _save(self) -> None:
-        if self.step in checkpoint.checkpoint_steps(self.checkpoints):
+        """Starts a checkpoint of this step; where nothing trains on meanwhile, it is written at once."""
+        self._finish_save()
+        if self.step == self._saved:
             return
         self.metrics.check_finite(self.step)
         meta = {
             "step": self.step,
-            "batches": self.batches,
-            "random": random_state(),
+            "updates": self.updates,
             "metrics": self.metrics.state(),
             "config": config_dict(self.config),
         }
-        checkpoint.save_checkpoint(self.checkpoints, self.step, self.state(), meta, self.config.checkpoint.keep)
+        given = self.checkpoints, self.step, self.state(), meta, self.config.checkpoint.keep
+        if self.config.checkpoint.background and self.step < self.config.steps and not self._stop:
+            self._saving = checkpoint.start_checkpoint(*given, self._save_group)
+        else:
+            checkpoint.save_checkpoint(*given)
+        self._saved = self.step
+
+    def _finish_save(self) -> None:
+        if self._saving is not None:
+            self._saving.finish()
+            self._saving = None
 
     def _begin(self, resume: bool) -> None:
         """A new run, or the newest checkpoint's."""
-        steps = checkpoint.checkpoint_steps(self.checkpoints)
+        steps = checkpoint.agreed(checkpoint.checkpoint_steps(self.checkpoints))
         if steps and not resume:
             raise FileExistsError(f"{self.output} holds a run of {steps[-1]} steps: resume it, or choose another output")
         self.output.mkdir(parents=True, exist_ok=True)
         if steps:
             self._load(checkpoint.checkpoint_path(self.checkpoints, steps[-1]))
         else:
-            seed_all(self.config.seed)
             self.metrics.start()
         if checkpoint.is_writer():
             checkpoint.clean_partial(self.checkpoints)
@@ -284,7 +363,7 @@ class Engine:
 
     def _load(self, path: Path) -> None:
         meta = checkpoint.load_meta(path)
-        changed = _differences(meta["config"], json.loads(json.dumps(config_dict(self.config))))
+        changed = differences(meta["config"], json.loads(json.dumps(config_dict(self.config))))
         other = [text for key, text in changed.items() if key == "stage" or key.startswith("model.")]
         if other:
             raise ValueError(f"{path} belongs to another run: {', '.join(other)}")
@@ -293,8 +372,8 @@ class Engine:
         if meta["step"] > self.config.steps:
             raise ValueError(f"{path} is past the {self.config.steps} steps that were asked for")
         checkpoint.load_checkpoint(path, self.state())
-        set_random_state(meta["random"])
-        self.step, self.batches = meta["step"], meta["batches"]
+        self.step, self.updates = meta["step"], meta["updates"]
+        self._saved = self.step
         self.metrics.start(meta["metrics"])
 
     @contextmanager
@@ -320,26 +399,3 @@ class Engine:
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def adamw(parameters: dict[str, nn.Parameter], **options: Any) -> torch.optim.AdamW:
-    """fused: 1.0 ms instead of 4.3 (foreach) and 4.6 (loop) for 128 tensors, 1.1 M values, on one CPU core.
-
-    The state is made now and not at the first step, so that a checkpoint always has all of it and loads in place.
-    """
-    optimizer = torch.optim.AdamW(parameters.values(), fused=True, **options)
-    for p in parameters.values():
-        optimizer.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    return optimizer
-
-
-def _differences(old: Any, new: Any, at: str = "") -> dict[str, str]:
-    """dotted key → "key old → new"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return {k: v for key in keys for k, v in _differences(old.get(key), new.get(key), f"{at}.{key}".lstrip(".")).items()}
-    return {} if old == new else {at: f"{at} {old!r} → {new!r}"}

@@ -1,23 +1,27 @@
 """Classifier-free guidance: the conditional and the unconditional flow in one forward."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+from dit_ops.conditions.arguments import with_negative
 
 
 def cond_and_uncond_flow(
     backbone: nn.Module,
     latents: Tensor,
     timestep: Tensor,
-    text: Tensor,
-    negative_text: Tensor,
-    **conditions: Tensor | None,
+    condition: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor],
+    **given: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Flows `[B, F, Cz, h, w]` for text and for negative_text from one batch of 2B; all else, the camera too, is shared.
+    """Flows `[B, F, Cz, h, w]` for the condition and for its negative from one batch of 2B; all else is shared, the camera too.
 
-    latents [B, F, Cz, h, w]   timestep [B] or [B, F]   text [B, T, Dt]   negative_text [T, Dt]   conditions start with B
+    latents [B, F, Cz, h, w]   timestep [B] or [B, F]   condition, given: start with B   negative: of one sample
     """
     flow = backbone(
-        twice(latents), twice(timestep), with_negative(text, negative_text), **{k: twice(v) for k, v in conditions.items()}
+        twice(latents), twice(timestep), **with_negative(condition, negative), **{k: twice(v) for k, v in given.items()}
     )
     cond, uncond = flow.chunk(2)
     return cond, uncond
@@ -26,10 +30,3 @@ def cond_and_uncond_flow(
 def twice(x: Tensor | None) -> Tensor | None:
     """`[B, …] → [2B, …]`"""
     return None if x is None else torch.cat([x, x])
-
-
-def with_negative(text: Tensor, negative_text: Tensor) -> Tensor:
-    """`[B, T, Dt]`, `[T, Dt]` → `[2B, T, Dt]`: the prompts, then the negative prompt for each of them."""
-    if negative_text.shape != text.shape[1:]:
-        raise ValueError(f"negative_text must be [T, Dt] = {list(text.shape[1:])}, got {list(negative_text.shape)}")
-    return torch.cat([text, negative_text.to(text).expand_as(text)])

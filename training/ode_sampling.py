@@ -6,7 +6,7 @@ keys and values do not depend on the noise level, so they are computed once per 
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_ops import cfg_euler_step
+from dit_ops.conditions.arguments import in_dtype, of_clean, of_frames, with_negative
 from dit_ops.draws import Draws
 from dit_ops.flow import FlowSchedule
 from dit_ops.layout import VideoLayout
 from dit_ops.training.config import RunConfig, load_config, save_config
-from dit_ops.training.data import DatasetWriter, LatentDataset, collate
+from dit_ops.training.data import DatasetWriter, LatentDataset, collate, to_device
 from dit_ops.training.engine import device_of, load_backbones
-from dit_ops.training.guidance import twice, with_negative
+from dit_ops.training.guidance import twice
 from dit_ops.training.roles import take_roles
 
 
@@ -56,7 +57,7 @@ class ODESampling:
         writer = DatasetWriter(
             output,
             fps=dataset.meta["fps"],
-            negative_text=dataset.negative_text,
+            negative=dataset.negative,
             condition=dataset.meta["condition"],
             mode="resume" if resume else "create",
         )
@@ -82,23 +83,24 @@ def sample_trajectories(
     config: ODESamplingConfig,
     noise: Tensor,
     clean: Tensor,
-    text: Tensor,
-    negative_text: Tensor,
+    condition: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor],
     *,
     viewmats: Tensor | None = None,
     Ks: Tensor | None = None,
 ) -> Tensor:
     """`[B, K + 2, F, Cz, h, w]`: the states at the K denoising_steps, the sample at σ = 0, and the ground truth.
 
-    noise, clean [B, F, Cz, h, w] fp32   text [B, T, Dt]   negative_text [T, Dt]   viewmats [B, F, 4, 4]   Ks [B, F, 3, 3]
+    noise, clean [B, F, Cz, h, w] fp32   condition: dict of [B, …]   negative: of one sample   viewmats, Ks [B, F, …]
     Conditional and unconditional run as one batch of 2B (of B where guidance is 1).
     """
     B, frames, _, height, width = noise.shape
     sigmas = FlowSchedule(config.shift).sampling(config.num_steps).tolist()
     kept = kept_indices(config.denoising_steps, config.num_steps)
-    copies = twice if config.guidance != 1 else lambda x: x
-    text = with_negative(text, negative_text) if config.guidance != 1 else text
-    cache = generator.new_cache(len(text), height, width)
+    guided = config.guidance != 1
+    copies, rows = (twice, 2 * B) if guided else (lambda x: x, B)
+    condition = with_negative(condition, negative) if guided else condition
+    cache = generator.new_cache(rows, height, width)
     out = noise.new_empty(B, len(kept) + 2, *noise.shape[1:])
     out[:, -1] = clean
 
@@ -109,16 +111,16 @@ def sample_trajectories(
             "viewmats": None if viewmats is None else copies(viewmats[:, first:last]),
             "Ks": None if Ks is None else copies(Ks[:, first:last]),
         }
-        x = noise[:, first:last]
+        x, given = noise[:, first:last], of_frames(condition, first, last)
         for i in range(config.num_steps):
             if i in kept:
                 out[:, kept.index(i), first:last] = x
-            flow = generator(copies(x), x.new_full((len(text),), 1000 * sigmas[i]), text, **chunk)
+            flow = generator(copies(x), x.new_full((rows,), 1000 * sigmas[i]), **given, **chunk)
             cond, *uncond = flow.split(B)
             x = cfg_euler_step(x, cond, uncond[0] if uncond else None, config.guidance, sigmas[i], sigmas[i + 1])
         out[:, -2, first:last] = x
         if last < frames:
-            generator(copies(clean[:, first:last]), x.new_zeros(len(text)), text, **chunk)
+            generator(copies(clean[:, first:last]), x.new_zeros(rows), **of_clean(given), **chunk)
     return out
 
 
@@ -137,7 +139,7 @@ def _sample_batch(
 ) -> None:
     """Samples one batch and hands it to the writer, in the data set's dtype. Noise is drawn by sample id, not by batch."""
     samples = [dataset[i] for i in indices]
-    batch: dict[str, Any] = {k: v.to(device) for k, v in collate(samples).items() if isinstance(v, Tensor)}
+    batch = to_device(collate(samples), device)
     draws = Draws(config.seed)
     shape = tuple(batch["latents"].shape[1:])
     noise = torch.stack([draws.normal(f"noise of {sample['id']}", shape) for sample in samples]).to(device)
@@ -146,10 +148,10 @@ def _sample_batch(
         config.options,
         noise,
         batch["latents"].float(),
-        batch["text"].to(generator.dtype),
-        dataset.negative_text.to(device),
-        viewmats=batch["viewmats"],
-        Ks=batch["Ks"],
+        in_dtype(batch["condition"], device, generator.dtype),
+        in_dtype(dataset.negative, device, generator.dtype),
+        viewmats=batch.get("viewmats"),
+        Ks=batch.get("Ks"),
     )
     for i, sample, trajectory in zip(indices, samples, states.to(batch["latents"].dtype), strict=True):
         entry = {key: dataset.entries[i].get(key) for key in ("height", "width", "split")}

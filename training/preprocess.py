@@ -1,6 +1,7 @@
 """Videos with captions and poses -> latent data sets: rendered rooms, or a folder of mp4 files."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_ops import rooms
+from dit_ops.actions import action_labels
 from dit_ops.camera import (
     DEFAULT_INTRINSICS,
     intrinsics_matrix,
@@ -20,9 +22,11 @@ from dit_ops.camera import (
     trajectory_from_json,
 )
 from dit_ops.conditions import Condition, load
+from dit_ops.conditions.arguments import per_sample
 from dit_ops.conditions.linear import LinearCondition
 from dit_ops.draws import Draws
 from dit_ops.training.data import DatasetWriter, LatentDataset
+from dit_ops.training.join import join_parts, parts_folder
 from dit_ops.video import iterate_mp4
 
 Progress = Callable[[int, int], None]  # called with (finished, total)
@@ -74,9 +78,9 @@ def make_rooms(
     if condition is None:
         condition = LinearCondition.fit(torch.stack([video_of(i) for i in range(min(count, FIT_VIDEOS))]), patch)
     condition = condition.to(device)
-    text = dict(zip(prompts, condition.encode_text(list(prompts)), strict=True))
-    negative = condition.encode_text([""])[0]
-    with DatasetWriter(directory, fps=fps, negative_text=negative, condition=condition.summary(), mode=mode) as writer:
+    text = dict(zip(prompts, per_sample(condition.encode_text(list(prompts))), strict=True))
+    negative = per_sample(condition.encode_text([""]))[0]
+    with DatasetWriter(directory, fps=fps, negative=negative, condition=condition.summary(), mode=mode) as writer:
         if isinstance(condition, LinearCondition):
             condition.save_pretrained(saved)
         for i in range(count):
@@ -88,7 +92,7 @@ def make_rooms(
                 writer.add(
                     id,
                     latents=latents,
-                    text=text[prompt],
+                    condition=text[prompt],
                     viewmats=viewmats,
                     Ks=K.expand(len(latents), 3, 3),
                     prompt=prompt,
@@ -206,12 +210,20 @@ def crop_intrinsics(Ks: Tensor, source: tuple[int, int], size: tuple[int, int]) 
     return change @ Ks
 
 
+def frame_step(clip: Clip, fps: float) -> float:
+    """Frames of the file per frame of the data set."""
+    return clip.fps / fps if clip.fps > 1.01 * fps else 1.0
+
+
+def available_frames(clip: Clip, fps: float) -> int:
+    return int((clip.frames - 1) / frame_step(clip, fps) + 1e-6) + 1
+
+
 def frame_indices(clip: Clip, fps: float, frames: int | None, stride: int) -> list[int]:
     """Source frames to read at `fps`: the first `frames`, or as many as the clip has for whole latent frames."""
     if clip.fps < 0.99 * fps:
         raise ValueError(f"{clip.path} has {clip.fps:g} frames per second, fewer than the {fps:g} asked for")
-    step = clip.fps / fps if clip.fps > 1.01 * fps else 1.0
-    available = int((clip.frames - 1) / step + 1e-6) + 1
+    step, available = frame_step(clip, fps), available_frames(clip, fps)
     wanted = frames or available - (available - 1) % stride
     if wanted > available:
         raise ValueError(f"{clip.path} has {available} frames at {fps:g} per second, fewer than the {wanted} asked for")
@@ -260,12 +272,15 @@ def preprocess(
     directory: str | Path,
     condition: Condition | None = None,
     *,
-    size: int | tuple[int, int],
-    frames: int | None = None,
+    size: int | tuple[int, int] | Sequence[tuple[int, int]],
+    frames: int | Sequence[int] | None = None,
     fps: float | None = None,
     intrinsics: Sequence[float] = DEFAULT_INTRINSICS,
     negative_prompt: str = "",
+    image: bool = False,
+    action: bool = False,
     split: str | None = None,
+    part: tuple[int, int] = (0, 1),
     dtype: torch.dtype | None = None,
     mode: Literal["create", "overwrite", "resume"] = "resume",
     shard_bytes: int = 64 << 20,
@@ -273,46 +288,92 @@ def preprocess(
 ) -> LatentDataset:
     """Encode a folder of mp4 files (see find_clips) into a data set; by default a second run continues where the first stopped.
 
-    size: pixels, one number or (H, W); frames are scaled to cover it and cropped, and intrinsics follow
-    frames: pixel frames read of each clip (None: all that fill latent frames)
+    size: pixels, one number, (H, W), or a list of such buckets: a clip goes to that of the nearest aspect ratio. Frames are
+        scaled to cover it and cropped, and intrinsics follow
+    frames: pixel frames read of each clip (None: all that fill latent frames), or a list: the most that the clip has
     fps: of the data set (None: the first clip's); faster clips are thinned out
     intrinsics: fx, fy, cx, cy over width and height of the file's pictures, for poses given as strings
     condition: None is the data set's own, else a LinearCondition fitted to the clips
+    image: the first frame of every clip is stored as a condition (image to video)
+    action: the action label of every latent frame is stored as one, for backbones with an action branch
+    part: (i, n) encodes only every n-th clip, from the i-th; the last of n runs to finish joins the parts to the data set.
+        They may run at once, in any order, and each can be stopped and run again
     ValueError names the clip: no caption, no pose, too few frames, or poses that fit neither its latent nor its pixel frames.
     """
-    size = (size, size) if isinstance(size, int) else size
+    sizes = _sizes(size)
+    i, n = part
+    if not 0 <= i < n:
+        raise ValueError(f"preprocess: part must be (i, n) with 0 <= i < n but is {part}")
     clips = find_clips(source)
-    saved = Path(directory) / "condition"
+    directory = Path(directory)
+    if n > 1 and mode == "resume" and (directory / "index.jsonl").is_file():
+        return LatentDataset(directory, split)  # the parts were joined before
+    target = directory if n == 1 else parts_folder(directory) / f"{i:05d}-of-{n:05d}"
+    saved = target / "condition"
     if condition is None:
-        condition = load(saved) if mode == "resume" and saved.is_dir() else fit_linear(clips, size)
+        condition = load(saved) if mode == "resume" and saved.is_dir() else fit_linear(clips, sizes[0])
     stride = condition.temporal_stride
-    if any(n % condition.spatial_stride for n in size):
-        raise ValueError(f"preprocess: size must be multiples of {condition.spatial_stride} but is {size[0]} x {size[1]}")
-    if frames is not None:
-        condition.latent_frames(frames)
+    for height, width in sizes:
+        if height % condition.spatial_stride or width % condition.spatial_stride:
+            raise ValueError(f"preprocess: size must be multiples of {condition.spatial_stride} but is {height} x {width}")
+    lengths = [frames] if isinstance(frames, int) else sorted(frames or (), reverse=True)
+    for length in lengths:
+        condition.latent_frames(length)
     fps = fps or clips[0].fps
     # every clip is checked before the first is encoded
-    plans = [frame_indices(clip, fps, frames, stride) for clip in clips]
-    cameras = [clip_cameras(clip, plan, stride, size, intrinsics) for clip, plan in zip(clips, plans, strict=True)]
-    negative = condition.encode_text([negative_prompt])[0]
+    plans = [frame_indices(clip, fps, _longest(clip, fps, lengths), stride) for clip in clips]
+    chosen = [nearest_size(clip, sizes) for clip in clips]
+    cameras = [clip_cameras(clip, plan, stride, s, intrinsics) for clip, plan, s in zip(clips, plans, chosen, strict=True)]
+    work = list(zip(clips, plans, chosen, cameras, strict=True))[i::n]
+    if not work:
+        raise ValueError(f"preprocess: part must be one of at most {len(clips)} (the clips) but is {part}")
+    negative = per_sample(condition.encode_text([negative_prompt]))[0]
     options: dict[str, Any] = {"mode": mode, "dtype": dtype, "shard_bytes": shard_bytes}
-    with DatasetWriter(directory, fps=fps, negative_text=negative, condition=condition.summary(), **options) as writer:
+    with DatasetWriter(target, fps=fps, negative=negative, condition=condition.summary(), **options) as writer:
         if isinstance(condition, LinearCondition):
             condition.save_pretrained(saved)
-        for n, (clip, plan, (viewmats, Ks)) in enumerate(zip(clips, plans, cameras, strict=True), 1):
+        for done, (clip, plan, (height, width), (viewmats, Ks)) in enumerate(work, 1):
             if clip.id not in writer.done:
+                encoded = _encoded(condition, clip, plan, (height, width), image)
+                if action:
+                    encoded["condition"]["action"] = action_labels(viewmats)
                 writer.add(
                     clip.id,
-                    latents=condition.encode_to_latent(read_frames(clip.path, plan, size)[None])[0],
-                    text=condition.encode_text([clip.caption])[0],
+                    **encoded,
                     viewmats=viewmats,
                     Ks=Ks,
                     prompt=clip.caption,
                     pose=clip.pose.name if isinstance(clip.pose, Path) else clip.pose,
-                    height=size[0],
-                    width=size[1],
+                    height=height,
+                    width=width,
                     split=split,
                 )
             if progress is not None:
-                progress(n, len(clips))
+                progress(done, len(work))
+    if n > 1 and not join_parts(directory, n):
+        return LatentDataset(target, split)
     return LatentDataset(directory, split)
+
+
+def _sizes(size: int | tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    if isinstance(size, int):
+        return [(size, size)]
+    return [size] if isinstance(size[0], int) else list(size)  # type: ignore[list-item, arg-type]
+
+
+def nearest_size(clip: Clip, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest to the clip's, |log| of their quotient; the first of equals."""
+    return min(sizes, key=lambda size: abs(math.log(clip.height / clip.width * size[1] / size[0])))
+
+
+def _longest(clip: Clip, fps: float, lengths: Sequence[int]) -> int | None:
+    """The longest of the falling lengths that the clip has; its shortest if none, for frame_indices to refuse."""
+    available = available_frames(clip, fps)
+    return next((length for length in lengths if length <= available), lengths[-1] if lengths else None)
+
+
+def _encoded(condition: Condition, clip: Clip, plan: Sequence[int], size: tuple[int, int], image: bool) -> dict[str, Any]:
+    """latents and condition of one clip."""
+    video = read_frames(clip.path, plan, size)[None]
+    values = per_sample(condition.get_condition([clip.caption], video, image=image))[0]
+    return {"latents": values.pop("latents"), "condition": values}

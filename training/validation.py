@@ -10,10 +10,10 @@ from dit_ops.pipelines.files import Item, file_stem, request
 from dit_ops.pipelines.loading import pipeline_class
 from dit_ops.pipelines.settings import Settings
 from dit_ops.pipelines.stages import write_videos
-from dit_ops.training.checkpoint import PIPELINES
+from dit_ops.training.checkpoint import PIPELINES, is_writer
 from dit_ops.training.config import RunConfig
 from dit_ops.training.data import LatentDataset
-from dit_ops.training.engine import device_of
+from dit_ops.training.ranks import device_of
 
 
 def validation_videos(config: RunConfig) -> Callable[[nn.Module, int, Path], dict[str, float]] | None:
@@ -36,8 +36,11 @@ def validation_videos(config: RunConfig) -> Callable[[nn.Module, int, Path], dic
     def validate(generator: nn.Module, step: int, folder: Path) -> dict[str, float]:
         pipeline = pipeline_class(PIPELINES[config.stage])(generator, condition, settings)
         for item in items:
-            path = folder / f"{file_stem(request(item, {}, {}))}.mp4"
-            write_videos(pipeline.stream(item.prompt, pose=item.pose, seed=item.seed), [path], settings.fps)
+            chunks = pipeline.stream(item.prompt, pose=item.pose, seed=item.seed)
+            if is_writer():
+                write_videos(chunks, [folder / f"{file_stem(request(item, {}, {}))}.mp4"], settings.fps)
+            else:  # the other ranks take part in a sharded or sequence-parallel forward
+                list(chunks)
         return {}
 
     return validate

@@ -1,7 +1,8 @@
 """The frozen condition side: prompts -> text states, pixels <-> latents. Computed once offline, it leaves training's memory."""
 
+import importlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -31,8 +32,22 @@ class Condition(Protocol):
         """Pixel frames per latent frame, after the first."""
         ...
 
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """-> [B, text_len, text_dim]; rows after a prompt are exact zeros."""
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        """-> arguments of the backbone's forward, each [B, …]; encoder_hidden_states among them."""
+        ...
+
+    def encode_image(self, image: Tensor, frames: int) -> dict[str, Tensor]:
+        """First frames [B, 3, H, W] in [-1, 1] -> arguments for `frames` latent frames, condition_latents among them."""
+        ...
+
+    def get_condition(self, prompts: list[str], videos: Tensor | None = None, *, image: bool = False) -> dict[str, Tensor]:
+        """Encode once: what a data set stores. Keys are `latents` and arguments of the backbone's forward."""
+        ...
+
+    def process_condition(
+        self, condition: Mapping[str, Tensor], noise: Tensor, timestep: Tensor, **given: Tensor | None
+    ) -> tuple[dict[str, Tensor | None], Tensor]:
+        """(arguments of the model call, target), from noise and timesteps that the training stage drew."""
         ...
 
     def encode_to_latent(self, pixel: Tensor) -> Tensor:
@@ -58,10 +73,18 @@ class Condition(Protocol):
     def save_pretrained(self, directory: str | Path) -> None: ...
 
 
-def load(directory: str | Path) -> Condition:
-    """The condition side in a directory: condition.json (linear), a diffusers model (Wan), or a model's condition/ folder.
+CONDITIONS = {  # class of a component in model_index.json: our condition side, as "module:Class"
+    "AutoencoderKLWan": "dit_ops.conditions.wan:WanCondition",
+    "UMT5EncoderModel": "dit_ops.conditions.wan:WanCondition",
+    "AutoencoderKLHunyuanVideo15": "dit_ops.conditions.hunyuan_video15:HunyuanVideo15Condition",
+    "Qwen2_5_VLTextModel": "dit_ops.conditions.hunyuan_video15:HunyuanVideo15Condition",
+}
 
-    ValueError: the directory holds none of them.
+
+def load(directory: str | Path) -> Condition:
+    """The condition side in a directory: condition.json (linear), a diffusers model, or a model's condition/ folder.
+
+    A diffusers model is known by the class of its vae, else of its text encoder. ValueError: none of them, or an unknown class.
     """
     directory = Path(directory)
     if (directory / "condition.json").is_file():
@@ -71,8 +94,12 @@ def load(directory: str | Path) -> Condition:
     if (directory / "condition").is_dir():
         return load(directory / "condition")
     index = directory / "model_index.json"
-    if index.is_file() and {"vae", "text_encoder"} & set(json.loads(index.read_text(encoding="utf-8"))):
-        from dit_ops.conditions.wan import WanCondition
-
-        return WanCondition.from_pretrained(directory)
-    raise ValueError(f"{directory} must hold condition.json, or a model_index.json that names a vae or a text_encoder")
+    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    found = [entries[name][1] for name in ("vae", "text_encoder") if entries.get(name) and entries[name][1]]
+    if not found:
+        raise ValueError(f"{directory} must hold condition.json, or a model_index.json that names a vae or a text_encoder")
+    if found[0] not in CONDITIONS:
+        known = ", ".join(CONDITIONS)
+        raise ValueError(f"{index}: no condition side for {found[0]!r}; known are {known} (docs/adding_a_backbone.md)")
+    module, name = CONDITIONS[found[0]].split(":")
+    return getattr(importlib.import_module(module), name).from_pretrained(directory)

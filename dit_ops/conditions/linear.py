@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dit_ops.conditions.arguments import TwoSteps, image_condition
 from dit_ops.draws import Draws
 
 
@@ -90,7 +91,7 @@ class HashTextEmbedder:
         return out
 
 
-class LinearCondition:
+class LinearCondition(TwoSteps):
     """PatchCodec + HashTextEmbedder behind the interface of every condition side; one latent frame per pixel frame."""
 
     temporal_stride = 1
@@ -120,9 +121,13 @@ class LinearCondition:
         return latent_frames
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """-> [B, text_len, text_dim]; unused rows are zeros."""
-        return self.text.encode(prompts).to(self.device)
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        """-> encoder_hidden_states [B, text_len, text_dim]; unused rows are zeros."""
+        return {"encoder_hidden_states": self.text.encode(prompts).to(self.device)}
+
+    def encode_image(self, image: Tensor, frames: int) -> dict[str, Tensor]:
+        """image [B, 3, H, W] in [-1, 1] -> condition_latents [B, frames, channels + 1, h, w]: the first frame, and its mask."""
+        return {"condition_latents": image_condition(self.encode_to_latent(image[:, None]), frames)}
 
     @torch.no_grad()
     def encode_to_latent(self, pixel: Tensor) -> Tensor:
