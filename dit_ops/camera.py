@@ -7,6 +7,7 @@ identity. Intrinsics are normalised by the image size: fx/W, fy/H, cx/W, cy/H.
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,46 +29,71 @@ KEYS: dict[str, tuple[float, float, float, float, float]] = {
     "l": (ANGLE, 0, 0, 0, 0),
     "i": (0, ANGLE, 0, 0, 0),
     "k": (0, -ANGLE, 0, 0, 0),
+    "stay": (0, 0, 0, 0, 0),
 }
 ALIASES = {"left": "j", "right": "l", "up": "i", "down": "k"}
-OPPOSITE = {"w": "s", "a": "d", "u": "dn", "j": "l", "i": "k"}
+OPPOSITE = {"w": "s", "a": "d", "u": "dn", "j": "l", "i": "k", "stay": "stay"}
 OPPOSITE |= {b: a for a, b in OPPOSITE.items()}
-_SEGMENT = re.compile(r"([a-z]+)\*(\d+)")
+_SEGMENT = re.compile(r"([a-z]+(?:\+[a-z]+)*)\*(\d+)")
 
 
 def parse_segments(text: str) -> list[tuple[str, int]]:
-    """`"a*4,w*8"` → `[("a", 4), ("w", 8)]`; aliases are resolved. A bad segment is named."""
+    """`"a*4,w+up*8"` → `[("a", 4), ("w+i", 8)]`; aliases are resolved. A bad segment is named."""
     segments = []
     for i, part in enumerate(text.split(",")):
         match = _SEGMENT.fullmatch(part.strip(" "))
-        key = ALIASES.get(match[1], match[1]) if match else None
-        if match is None or key not in KEYS:
+        keys = [ALIASES.get(key, key) for key in match[1].split("+")] if match else []
+        if match is None or not KEYS.keys() >= set(keys):
             valid = ", ".join([*KEYS, *ALIASES])
             raise ValueError(
-                f"pose string {text!r}: segment {i + 1} must be key*count with a key of {valid}, got {part.strip(' ')!r}"
+                f"pose string {text!r}: segment {i + 1} must be key*count with a key of {valid}, or several joined by +, "
+                f"got {part.strip(' ')!r}"
             )
-        segments.append((key, int(match[2])))
+        segments.append(("+".join(keys), int(match[2])))
     return segments
 
 
 def parse_trajectory(text: str) -> Tensor:
     """Pose string → world-to-camera `[F, 4, 4]` fp32, `F = 1 + Σ counts`, one pose per latent frame, first = identity.
 
-    Grammar: `key*count(,key*count)*`; w s a d u dn move 0.08 along the camera's own axes, j l yaw and i k pitch by 3°.
+    Grammar: `key*count(,key*count)*`; w s a d u dn move 0.08 along the camera's own axes, j l yaw and i k pitch by 3°, stay
+    keeps the pose, and `w+l*4` is four steps of both at once.
     """
-    pose = torch.eye(4, dtype=torch.float64)  # camera-to-world
-    poses = [pose]
-    for key, count in parse_segments(text):
-        move = _motion(key)
-        for _ in range(count):
-            pose = pose @ move
-            poses.append(pose)
-    return invert_rigid(torch.stack(poses)).float()
+    trajectory = Trajectory()
+    return torch.cat([torch.eye(4)[None], trajectory.extend(text)])
+
+
+class Trajectory:
+    """A trajectory that grows: `extend("w*2")` twice gives the poses of `"w*4"`, bit for bit."""
+
+    def __init__(self) -> None:
+        self._pose = torch.eye(4, dtype=torch.float64)  # camera-to-world
+
+    def extend(self, text: str) -> Tensor:
+        """World-to-camera `[Σ counts, 4, 4]` fp32 of the steps that `text` adds."""
+        poses = []
+        for key, count in parse_segments(text):
+            move = _motion(key)
+            for _ in range(count):
+                self._pose = self._pose @ move
+                poses.append(self._pose)
+        return invert_rigid(torch.stack(poses)).float() if poses else torch.empty(0, 4, 4)
+
+
+def join_segments(segments: Iterable[tuple[str, int]]) -> str:
+    """The pose string of (key, count) pairs; neighbours with the same key become one segment, empty ones none."""
+    joined: list[tuple[str, int]] = []
+    for key, count in segments:
+        if joined and joined[-1][0] == key:
+            joined[-1] = (key, joined[-1][1] + count)
+        elif count:
+            joined.append((key, count))
+    return ",".join(f"{key}*{count}" for key, count in joined)
 
 
 def _motion(key: str) -> Tensor:
     """One step in the camera's own frame, `[4, 4]` fp64: rotation Ry(yaw)·Rx(pitch), then the shift along the turned axes."""
-    yaw, pitch, *shift = KEYS[key]
+    yaw, pitch, *shift = (sum(values) for values in zip(*(KEYS[k] for k in key.split("+")), strict=True))
     cy, sy = math.cos(math.radians(yaw)), math.sin(math.radians(yaw))
     cp, sp = math.cos(math.radians(pitch)), math.sin(math.radians(pitch))
     rotation_y = torch.tensor([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]], dtype=torch.float64)
@@ -81,7 +107,8 @@ def _motion(key: str) -> Tensor:
 
 def mirror_trajectory(text: str) -> str:
     """The pose string with every key replaced by its opposite: the control that a camera model must not follow."""
-    return ",".join(f"{OPPOSITE[key]}*{count}" for key, count in parse_segments(text))
+    opposite = lambda key: "+".join(OPPOSITE[k] for k in key.split("+"))
+    return ",".join(f"{opposite(key)}*{count}" for key, count in parse_segments(text))
 
 
 def trajectory_frames(text: str) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_ops.camera import intrinsics_matrix, invert_rigid, parse_segments, parse_trajectory
+from dit_ops.camera import intrinsics_matrix, invert_rigid, join_segments, parse_segments, parse_trajectory
 from dit_ops.draws import Draws
 
 INTRINSICS = (0.5, 0.5, 0.5, 0.5)  # fx, fy, cx, cy over image width and height: 90 degrees each way
@@ -270,13 +270,7 @@ def film(prompt: str, pose: str, size: int | tuple[int, int] = 64) -> Tensor:
 
 def canonical_pose(pose: str) -> str:
     """One spelling per motion: neighbouring segments of one key are joined and empty ones dropped ("w*1,w*2,a*0" -> "w*3")."""
-    joined: list[tuple[str, int]] = []
-    for key, count in parse_segments(pose):
-        if joined and joined[-1][0] == key:
-            joined[-1] = (key, joined[-1][1] + count)
-        elif count:
-            joined.append((key, count))
-    return ",".join(f"{key}*{count}" for key, count in joined)
+    return join_segments(parse_segments(pose))
 
 
 def stays_in_view(pose: str) -> bool:

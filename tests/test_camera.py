@@ -53,10 +53,30 @@ def test_aliases_zero_counts_and_spaces():
     assert camera.trajectory_frames("a*4,w*8,s*7") == 20
 
 
+def test_keys_can_be_joined_and_the_camera_can_stay():
+    both = camera.invert_rigid(camera.parse_trajectory("w+l*1"))[-1]
+    turned = camera.invert_rigid(camera.parse_trajectory("l*1,w*1"))[-1]  # turn, then go where the camera looks now
+    torch.testing.assert_close(both, turned, atol=1e-6, rtol=0)
+    assert torch.equal(camera.parse_trajectory("w+s*3"), torch.eye(4).expand(4, 4, 4))
+    stayed = camera.parse_trajectory("w*2,stay*3,w*1")
+    assert torch.equal(stayed[2].expand(4, 4, 4), stayed[2:6]) and not torch.equal(stayed[6], stayed[5])
+    assert camera.mirror_trajectory("w+right*2,stay*1") == "s+j*2,stay*1"
+
+
+@pytest.mark.parametrize("cut", [["w*2,l+up*3", "stay*1,w*4"], ["w*1", "w*1,l+i*1", "l+i*2,stay*1,w*1", "w*3"]])
+def test_a_trajectory_does_not_depend_on_how_it_is_cut(cut):
+    trajectory = camera.Trajectory()
+    steps = torch.cat([trajectory.extend(text) for text in cut])
+    assert torch.equal(steps, camera.parse_trajectory("w*2,l+i*3,stay*1,w*4")[1:])
+    assert camera.join_segments([s for text in cut for s in camera.parse_segments(text)]) == "w*2,l+i*3,stay*1,w*4"
+    assert camera.Trajectory().extend("w*0").shape == (0, 4, 4)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a*4,q*2", r"segment 2 must be key\*count with a key of w, s, d, a, u, dn, j, l, i, k, .*got 'q\*2'"),
+        ("w+*2", r"segment 1 .* got 'w\+\*2'"),
+        ("a*4,q*2", r"segment 2 must be key\*count with a key of w, s, d, a, u, dn, j, l, i, k, stay, .*got 'q\*2'"),
         ("a*4,", "segment 2 .* got ''"),
         ("A*4", "segment 1 .* got 'A"),
         ("a 4", "segment 1 .* got 'a 4'"),
