@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as nnf
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, prope_output, qk_norm_rope, qk_norm_rope_prope
+from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, ulysses_gather_heads, ulysses_scatter_heads
+from dit_ops.backbones._block import Recompute, call_block
 from dit_ops.backbones.wan_original import to_diffusers
 from dit_ops.cache import KVCache
 from dit_ops.camera import projective_cameras
@@ -26,6 +27,7 @@ from dit_ops.files import atomic_path, read_safetensors
 from dit_ops.flow import per_frame
 from dit_ops.layout import VideoLayout
 from dit_ops.masks import Mask, TeacherForcing
+from dit_ops.parallel import SequenceParallel
 from dit_ops.rope import Rope3D
 
 ADDITIONS = "dit_ops.json"  # what diffusers' config.json has no place for
@@ -41,6 +43,11 @@ class Pass:
     rope: tuple[Tensor, Tensor, Tensor]
     cameras: tuple[Tensor, Tensor] | None  # P, P⁻¹ [B, F, 4, 4]
     cache: KVCache | None
+    parallel: SequenceParallel | None  # the tokens of a block are this rank's part of every frame
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.parallel is None else self.parallel.group
 
 
 class WanBackbone(nn.Module):
@@ -48,6 +55,9 @@ class WanBackbone(nn.Module):
 
     camera         True adds the ProPE branch: one more output projection per layer, zero at the start
     block_frames   latent frames per causal block (teacher forcing); None = one block of all frames
+
+    With `sequence_parallel` set, every rank of its group is given the same arguments and returns the whole flow; each
+    computes its part of the tokens.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, *, camera: bool = False, block_frames: int | None = None):
@@ -57,7 +67,8 @@ class WanBackbone(nn.Module):
             raise ValueError(f"WanBackbone: patch_size must be (1, height, width), got {tuple(config.patch_size)}")
         self.transformer = transformer
         self.block_frames = block_frames
-        self.gradient_checkpointing = False
+        self.sequence_parallel: SequenceParallel | None = None
+        self.gradient_checkpointing: Recompute | bool = False
         self.rope = Rope3D(config.attention_head_dim)
         self.camera: nn.ModuleList | None = None
         if camera:
@@ -173,13 +184,23 @@ class WanBackbone(nn.Module):
         return self.config.out_channels
 
     def new_cache(
-        self, batch: int, height: int, width: int, *, window_frames: int | None = None, sink_frames: int = 0
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        rotated: bool = True,
     ) -> KVCache:
-        """A cache for streaming latents `[batch, ·, Cz, height, width]`; window and sink are counted in latent frames."""
+        """A cache for streaming latents `[batch, ·, Cz, height, width]`; window and sink are counted in latent frames.
+
+        rotated = False takes half the memory of a camera model's cache and turns keys and values when it reads them.
+        """
         if batch < 1:
             raise ValueError(f"new_cache: batch must be at least 1, got {batch}")
         self._token_grid(height, width)
-        return KVCache(len(self.transformer.blocks), window_frames=window_frames, sink_frames=sink_frames)
+        return KVCache(len(self.transformer.blocks), window_frames=window_frames, sink_frames=sink_frames, rotated=rotated)
 
     def forward(
         self,
@@ -219,25 +240,27 @@ class WanBackbone(nn.Module):
             self.rope.tables(start_frame + frames, layout.height, layout.width, x.device),
             None if viewmats is None or Ks is None else projective_cameras(viewmats, Ks),
             cache,
+            self.sequence_parallel,
         )
-        x = self._patchify(x)
+        x = self._patchify(x, shared)
         if cache is not None:
-            cache.begin(start_frame, frames, layout.tokens_per_frame)
+            P_inv = None if shared.cameras is None else shared.cameras[1]
+            size = layout.height, layout.width
+            cache.begin(start_frame, frames, layout.tokens_per_frame, rope=shared.rope, size=size, P_inv=P_inv)
         for i, block in enumerate(self.transformer.blocks):
             past = cache.past(i) if cache is not None and torch.is_grad_enabled() else None
             camera = self.camera[i] if self.camera is not None and shared.cameras is not None else None
             args: Any = (i, block, camera, x, context, modulation, past, shared)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run_block, *args, use_reentrant=False)
-            else:
-                x = run_block(*args)
+            x = call_block(block, run_block, *args, recompute=self.gradient_checkpointing)
         if cache is not None and not torch.is_grad_enabled():
             cache.commit()
 
-        x = x[:, -layout.tokens :]  # the noisy half
+        x = x.unflatten(1, (halves, -1))[:, -1]  # the noisy half
         temb = temb[:, -frames:]
         shift, scale = (self.transformer.scale_shift_table + temb.unsqueeze(2)).unbind(2)  # [B, F, C]
         x = self.transformer.proj_out(adaln(x, scale, shift, eps=self.config.eps))
+        if shared.parallel is not None:
+            x = shared.parallel.gather_tokens(x, layout, halves=1)
         return self._unpatchify(x, layout)
 
     def _check(self, latents, text, clean_latents, viewmats, Ks, cache) -> torch.Size:
@@ -268,8 +291,8 @@ class WanBackbone(nn.Module):
             raise ValueError(f"latent height and width must be multiples of the patch {ph}×{pw}, got {height}×{width}")
         return height // ph, width // pw
 
-    def _patchify(self, x: Tensor) -> Tensor:
-        """The patch convolution as one GEMM: `[B, F, Cz, h, w] → [B, L, C]`, patch vectors ordered (channel, y, x)."""
+    def _patchify(self, x: Tensor, shared: Pass) -> Tensor:
+        """The patch convolution as one GEMM: `[B, F, Cz, h, w] → [B, L_r, C]`, patch vectors ordered (channel, y, x)."""
         embed = self.transformer.patch_embedding
         B, frames, channels, height, width = x.shape
         if channels != embed.in_channels:
@@ -277,6 +300,8 @@ class WanBackbone(nn.Module):
         _, ph, pw = self.config.patch_size
         x = x.to(embed.weight.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, F, Cz, H, ph, W, pw]
         x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, -1, channels * ph * pw)
+        if shared.parallel is not None:
+            x = shared.parallel.local_tokens(x, shared.layout)
         return nnf.linear(x, embed.weight.flatten(1), embed.bias)
 
     def _unpatchify(self, x: Tensor, layout: VideoLayout) -> Tensor:
@@ -297,8 +322,8 @@ class WanBackbone(nn.Module):
         return temb, embedder.time_proj(nnf.silu(temb)).unflatten(-1, (6, -1))
 
     def _text_context(self, text: Tensor, image: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None] | None:
-        """Embedded text and image tokens; None when the cache already holds the keys and values made from this very tensor."""
-        if cache is not None and not torch.is_grad_enabled() and cache.text_is(text) and cache.text[-1] is not None:
+        """Embedded text and image tokens; None when the cache holds the keys and values made from these very tensors."""
+        if cache is not None and not torch.is_grad_enabled() and cache.text_is(text, image) and cache.text[-1] is not None:
             return None
         embedder = self.transformer.condition_embedder
         if (image is None) != (embedder.image_embedder is None):
@@ -337,24 +362,39 @@ def self_attention(
     i: int, attn: WanAttention, camera: nn.Linear | None, h: Tensor, past: tuple[Tensor, Tensor] | None, shared: Pass
 ) -> Tensor:
     """`W_o·o [+ W_p·P·o']`: the RoPE path and the ProPE path are one attention call with 2N heads."""
-    layout, N = shared.layout, attn.heads
+    q, k, v = heads_seen(i, attn, h, past, shared)
+    o = attention(q, k, v, shared.mask) if q.shape[2] else q  # a rank may have no head; it takes part in the exchange
+    layout, P = shared.layout, None if shared.cameras is None else shared.cameras[0]
+    o, *paths = ulysses_gather_heads(o, layout.grid, P, heads=attn.heads, group=shared.group, halves=layout.halves)
+    out = attn.to_out[0](o.flatten(2))
+    return out if camera is None else out + camera(paths[0].flatten(2))
+
+
+def heads_seen(
+    i: int, attn: WanAttention, h: Tensor, past: tuple[Tensor, Tensor] | None, shared: Pass
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries of h, and the keys and values of all tokens that they see: N heads of RoPE, with cameras N more of ProPE.
+
+    In streaming without gradient the kernel writes keys and values into the slots of the cache.
+    """
+    layout, N, paths = shared.layout, attn.heads, 1 if shared.cameras is None else 2
+    cache = None if torch.is_grad_enabled() else shared.cache
     q, k, v = (proj(h).unflatten(2, (N, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))
-    where: dict[str, Any] = {"eps": attn.norm_q.eps, "start_frame": layout.start_frame, "halves": layout.halves}
-    norms = attn.norm_q.weight, attn.norm_k.weight
-    if shared.cameras is None:
-        q, k = qk_norm_rope(q, k, *norms, shared.rope, layout.grid, **where)
-    else:
-        q, k, v = qk_norm_rope_prope(q, k, v, *norms, shared.rope, layout.grid, *shared.cameras, **where)
-    if past is not None:
+    slots, into = None, {}
+    if cache is not None:
+        mine = N if shared.parallel is None else shared.parallel.heads(N)[shared.parallel.rank]
+        stored = mine * paths if cache.rotated else mine
+        slots = cache.slots(i, k, stored)
+        k_out, v_out = slots or (k.new_empty(k.shape[0], layout.tokens, stored, k.shape[3]) for _ in "kv")
+        into = {"k_out": k_out, "v_out": v_out, "turn_keys": cache.rotated}
+    where: dict[str, Any] = {"eps": attn.norm_q.eps, "start_frame": layout.start_frame, "halves": layout.halves, **into}
+    weights, cameras = (attn.norm_q.weight, attn.norm_k.weight), shared.cameras or (None, None)
+    q, k, v = ulysses_scatter_heads(q, k, v, *weights, shared.rope, layout.grid, *cameras, group=shared.group, **where)
+    if cache is not None:
+        k, v = cache.visible(i) if slots else cache.write(i, k_out, v_out)
+    elif past is not None:
         k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-    elif shared.cache is not None and not torch.is_grad_enabled():
-        k, v = shared.cache.write(i, k, v)
-    o = attention(q, k, v, shared.mask)
-    if camera is None or shared.cameras is None:
-        return attn.to_out[0](o.flatten(2))
-    o, o_prope = o.split(N, dim=2)
-    o_prope = prope_output(o_prope, shared.cameras[0], halves=layout.halves)
-    return attn.to_out[0](o.flatten(2)) + camera(o_prope.flatten(2))
+    return q, k, v
 
 
 def cross_attention(

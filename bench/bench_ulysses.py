@@ -67,9 +67,9 @@ def permute_from_tokens(ranks: int, B: int, frames: int, N: int, D: int, wire: T
     return [block.flatten(2, 3).contiguous() for block in blocks]
 
 
-def bench_rank(args: argparse.Namespace, name: str, B: int, L: int, N: int, D: int, grid, rope, ranks: int) -> None:
+def bench_rank(args: argparse.Namespace, name: str, shape: tuple[int, ...], grid, rope, ranks: int) -> None:
     """The first rank, which holds the largest part."""
-    frames = grid[0]
+    (B, L, N, D), frames = shape, grid[0]
     part, mine = frames * split(grid[1] * grid[2], ranks)[0], split(N, ranks)[0]
     even = grid[1] * grid[2] % ranks == 0 and N % ranks == 0
     tensor = lambda *shape: torch.randn(*shape, device=args.device).to(getattr(torch, args.dtype))
@@ -82,29 +82,29 @@ def bench_rank(args: argparse.Namespace, name: str, B: int, L: int, N: int, D: i
         fn = functools.partial(pack, tables=tables, ranks=ranks, grid=grid, before=paths == 2)
         moved = [(3 + 3 * paths) * q.nbytes, (3 + 3 * paths + 3 * paths + 5) * q.nbytes]
         peer = Peer(functools.partial(permute_to_heads, ranks) if even else None, "uneven", forward_only=True)
-        wire = [tensor(3 * paths * q.numel())]
+        dwire = [tensor(3 * paths * q.numel())]
         peers = {"torch permute, no norm": peer} if paths == 1 else {}
-        bench_op("ulysses", fn, f"pack, {form}: {where}", [q, k, v, *weights], wire, args, moved, peers)
+        bench_op("ulysses", fn, f"pack, {form}: {where}", [q, k, v, *weights], dwire, args, moved, peers)
 
     wire = tensor(3 * B * L * mine * D).requires_grad_()
-    fn = functools.partial(unpack, tables=tables, B=B, N=mine, D=D, ranks=ranks, grid=grid)
+    read = functools.partial(unpack, tables=tables, B=B, N=mine, D=D, ranks=ranks, grid=grid)
     outs = [tensor(B, L, 2 * mine, D) for _ in "qkv"]
-    peer = functools.partial(permute_from_tokens, ranks, B, frames, mine, D) if even else None
-    peers = {"torch permute, no rope and prope": Peer(peer, "uneven", forward_only=True)}
-    bench_op("ulysses", fn, f"unpack: {where}", [wire], outs, args, [3 * wire.nbytes, 6 * wire.nbytes], peers)
+    permute = functools.partial(permute_from_tokens, ranks, B, frames, mine, D) if even else None
+    peers = {"torch permute, no rope and prope": Peer(permute, "uneven", forward_only=True)}
+    bench_op("ulysses", read, f"unpack: {where}", [wire], outs, args, [3 * wire.nbytes, 6 * wire.nbytes], peers)
 
     o = outs[0].requires_grad_()
-    fn = functools.partial(pack_output, P=P, frames=frames, ranks=ranks)
-    bench_op("ulysses", fn, f"pack_output: {where}", [o], [tensor(o.numel())], args, [2 * o.nbytes, 4 * o.nbytes])
+    back = functools.partial(pack_output, P=P, frames=frames, ranks=ranks)
+    bench_op("ulysses", back, f"pack_output: {where}", [o], [tensor(o.numel())], args, [2 * o.nbytes, 4 * o.nbytes])
 
     wire = tensor(2 * q.numel()).requires_grad_()
-    fn = functools.partial(unpack_output, B=B, L=part, N=N, D=D, ranks=ranks)
+    end = functools.partial(unpack_output, B=B, L=part, N=N, D=D, ranks=ranks)
     moved = [2 * wire.nbytes, 4 * wire.nbytes]
-    bench_op("ulysses", fn, f"unpack_output: {where}", [wire], [tensor(B, part, 2, N, D)], args, moved)
+    bench_op("ulysses", end, f"unpack_output: {where}", [wire], [tensor(B, part, 2, N, D)], args, moved)
 
 
 if __name__ == "__main__":
     args = arguments(__doc__)
     for name, shape, grid, rope in head_shapes(args):
         for ranks in RANKS[shape[2]]:
-            bench_rank(args, name, *shape, grid, rope, ranks)
+            bench_rank(args, name, shape, grid, rope, ranks)

@@ -9,7 +9,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_ops import _library as lib
 from dit_ops import use_backend
 from dit_ops.backbones.wan import WanBackbone
 from dit_ops.backbones.wan_original import rename
@@ -115,6 +117,7 @@ def test_golden_teacher_forcing_and_every_gradient(golden, checkpointing):
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "unrotated"])
 @pytest.mark.parametrize(
     "case, block, frames, options",
     [
@@ -123,11 +126,11 @@ def test_golden_teacher_forcing_and_every_gradient(golden, checkpointing):
         ("evict", 1, 7, dict(window_frames=4, sink_frames=1)),
     ],
 )
-def test_golden_streaming(golden, case, block, frames, options):
+def test_golden_streaming(golden, case, block, frames, options, rotated):
     config, c = golden
     model = golden_model(config, block)
     B, _, _, h, w = c[f"{case}.latents"].shape
-    cache = model.new_cache(B, h, w, **options)
+    cache = model.new_cache(B, h, w, rotated=rotated, **options)
     for first in range(0, frames, block):
         part = slice(first, first + block)
         latents = c[f"{case}.latents"][:, part]
@@ -261,6 +264,138 @@ def test_window_and_sink_equal_a_dense_mask_after_many_evictions():
     close(flow[:, q_frame], out[:, 0])
 
 
+@pytest.mark.parametrize("camera", [True, False])
+@pytest.mark.parametrize("window, sink", [(None, 0), (4, 0), (5, 1), (6, 3)])
+def test_an_unrotated_cache_gives_the_same_flow(window, sink, camera):
+    """First block shorter, evictions, and chunks of 3 that wrap around rings of 4."""
+    model = tiny(camera)
+    latents, clean, text, cameras = inputs(F=13, camera=camera)
+    t = 900 * torch.rand(2, 13)
+    run = lambda rotated: stream(
+        model,
+        latents,
+        text,
+        cameras,
+        [1, 3, 3, 3, 3],
+        t,
+        clean=clean,
+        window_frames=window,
+        sink_frames=sink,
+        rotated=rotated,
+    )
+    for got, want in zip(run(False), run(True), strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "unrotated"])
+def test_a_batch_of_two_prompts_streams_as_two_runs_do(rotated):
+    model = tiny()
+    latents, _, text, cameras = inputs(F=6)
+    options = {"window_frames": 4, "sink_frames": 1, "rotated": rotated}
+    t = 900 * torch.rand(2, 6)
+    flow, again = stream(model, latents, text, cameras, [1, 2, 3], t, **options)
+    for b in range(2):
+        one = slice(b, b + 1)
+        here = {k: v[one] for k, v in cameras.items()}
+        alone = stream(model, latents[one], text[one], here, [1, 2, 3], t[one], **options)
+        for got, want in zip(alone, (flow, again), strict=True):
+            close(got, want[one])
+
+
+def test_two_models_with_a_cache_each_do_not_meet():
+    """As two experts of one rollout: each has keys of its own, of the text as well."""
+    models = tiny(), tiny()
+    latents, _, text, cameras = inputs(F=4)
+    t = torch.full((2, 4), 500.0)
+    alone = [stream(model, latents, text, cameras, [2, 2], t)[0] for model in models]
+    caches, flows = [model.new_cache(2, 4, 6) for model in models], ([], [])
+    with torch.no_grad():
+        for first in (0, 2):
+            here = {k: v[:, first : first + 2] for k, v in cameras.items()}
+            options = {"start_frame": first, **here}
+            for time in (500.0, 0.0):
+                for model, cache, out in zip(models, caches, flows, strict=True):
+                    out.append(model(latents[:, first : first + 2], torch.full((2, 2), time), text, cache=cache, **options))
+    for out, want in zip(flows, alone, strict=True):
+        assert torch.equal(torch.cat(out[::2], 1), want)
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operators that run, and those that write into one of `tensors`."""
+
+    def __init__(self, tensors=()):
+        super().__init__()
+        self.names, self.writes = [], []
+        self.storages = {t.untyped_storage().data_ptr() for t in tensors}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        schema = func._schema.arguments
+        written = [a for a, argument in zip(args, schema, strict=False) if argument.is_write and isinstance(a, torch.Tensor)]
+        if any(t.untyped_storage().data_ptr() in self.storages for t in written):
+            self.writes.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(bool(lib.MISSING["cpu"]), reason="the compiled CPU operators write in place")
+@pytest.mark.parametrize("camera", [True, False])
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "unrotated"])
+def test_a_step_over_a_full_cache_copies_allocates_and_waits_for_nothing(rotated, camera):
+    """The kernel writes into the slots: no copy of keys and values, no new buffer or shape, no number back to the host."""
+    model = tiny(camera)
+    latents, _, text, cameras = inputs(F=16, camera=camera)
+    cache, steady = model.new_cache(2, 4, 6, window_frames=6, sink_frames=2, rotated=rotated), []
+    for first in range(0, 16, 2):
+        here = {k: v[:, first : first + 2] for k, v in cameras.items()}
+        buffers = [t for pair in (*cache._buffers, cache._turned) if pair for t in pair if t is not None]
+        with torch.no_grad(), Watch(buffers) as watch:
+            model(latents[:, first : first + 2], torch.full((2, 2), 500.0), text, cache=cache, start_frame=first, **here)
+        pointers = [t.data_ptr() for t in buffers]
+        shapes = [tuple(t.shape for t in cache.visible(layer)) for layer in range(2)]
+        assert not {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero"} & set(watch.names)
+        if first >= 6:
+            once = ["dit_ops::qk_norm_rope_into"] * (1 if rotated else 2)
+            assert watch.writes == once * 2  # two layers
+            kernels = [name for name in watch.names if name != "aten::slice.Tensor"]
+            steady.append((pointers, cache.nbytes, shapes, kernels))
+    assert len(steady) == 5 and all(step == steady[0] for step in steady)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "unrotated"])
+def test_a_streaming_step_is_captured_in_a_cuda_graph(rotated, device):
+    """One denoising step of a chunk, replayed on other latents, and its keys and values are in the cache."""
+    model = tiny(num_attention_heads=2, attention_head_dim=32).to(device)
+    latents, _, text, cameras = inputs(F=8)
+    latents, text = latents.to(device), text.to(device)
+    cameras = {k: v.to(device) for k, v in cameras.items()}
+    t, x = torch.full((2, 2), 500.0, device=device), latents[:, 6:8].clone()
+
+    def step(cache, first, chunk):
+        here = {k: v[:, first : first + 2].contiguous() for k, v in cameras.items()}
+        return model(chunk, t, text, cache=cache, start_frame=first, **here)
+
+    caches = [model.new_cache(2, 4, 6, window_frames=4, sink_frames=2, rotated=rotated) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            for first in (0, 2, 4, 6):
+                step(cache, first, latents[:, first : first + 2])
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step(caches[0], 6, x)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            flow = step(caches[0], 6, x)
+        for values in (latents[:, :2], latents[:, 2:4]):
+            x.copy_(values)
+            graph.replay()
+            want = step(caches[1], 6, values)
+            torch.testing.assert_close(flow, want)
+            for layer in range(2):
+                for got, expected in zip(caches[0].visible(layer), caches[1].visible(layer), strict=True):
+                    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("block_index", [0, 1, 2])
 def test_perturbing_clean_block_i_never_changes_noisy_blocks_up_to_i(block_index):
     model, block = tiny(), 2
@@ -302,8 +437,9 @@ def test_output_depends_on_relative_cameras_only():
     assert not torch.allclose(a, c, atol=1e-3)
 
 
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "unrotated"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_through_the_cache_is_truncated_to_the_chunk(checkpointing):
+def test_gradient_through_the_cache_is_truncated_to_the_chunk(checkpointing, rotated):
     """A rollout that trains through the cache = every chunk on its own, its past a constant."""
     model = tiny()
     model.gradient_checkpointing = checkpointing
@@ -316,7 +452,7 @@ def test_gradient_through_the_cache_is_truncated_to_the_chunk(checkpointing):
             here = {k: v[:, part] for k, v in cameras.items()}
             return model(x[:, part], torch.full((2, 2), t), text, cache=cache, start_frame=first, **here)
 
-    cache, loss = model.new_cache(2, 4, 6, window_frames=4), 0.0
+    cache, loss = model.new_cache(2, 4, 6, window_frames=4, rotated=rotated), 0.0
     for first in (0, 2, 4):
         chunk(cache, first, False, latents, 900.0)
         flow = chunk(cache, first, True, latents, 500.0)
@@ -359,6 +495,25 @@ def test_text_keys_are_computed_once_per_text():
         a = model(latents[:, :2], torch.full((2, 2), 500.0), text, cache=cache, **here)
         b = model(latents[:, :2], torch.full((2, 2), 500.0), -text, cache=cache, **here)
     assert not torch.allclose(a, b)
+
+
+def test_image_keys_are_computed_again_for_another_image():
+    model = tiny(camera=False, **I2V)
+    latents, _, text, _ = inputs(F=2)
+    condition, images = torch.randn(2, 2, 5, 4, 6), torch.randn(2, 2, 6, 10)
+    caches = [model.new_cache(2, 4, 6) for _ in range(2)]
+    run = lambda image, cache: model(
+        latents,
+        torch.full((2, 2), 500.0),
+        text,
+        encoder_hidden_states_image=image,
+        condition_latents=condition,
+        cache=cache,
+    )
+    with torch.no_grad():
+        first, second = (run(image, caches[0]) for image in images)
+        assert torch.equal(second, run(images[1], caches[1]))
+    assert not torch.allclose(first, second)
 
 
 # loading
