@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,15 +151,18 @@ def norm_weight(norm: Any, x: Tensor) -> Tensor:
     return norm.weight
 
 
-def patchify(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """The patch convolution (1, ph, pw) as one GEMM: `[B, F, Cz, h, w] → [B, L, C]`, patch vectors ordered (channel, y, x)."""
+def patchify(x: Tensor, conv: nn.Conv3d, mine: Callable[[Tensor], Tensor] = lambda tokens: tokens) -> Tensor:
+    """The patch convolution (1, ph, pw) as one GEMM: `[B, F, Cz, h, w] → [B, L, C]`, patch vectors ordered (channel, y, x).
+
+    mine: the tokens `[B, L, Cz·ph·pw]` of this rank
+    """
     B, _, channels, height, width = x.shape
     _, ph, pw = conv.kernel_size
     if channels != conv.in_channels:
         raise ValueError(f"latents (with condition_latents) must have {conv.in_channels} channels, got {channels}")
     x = x.to(conv.weight.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, F, Cz, H, ph, W, pw]
     x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, -1, channels * ph * pw)
-    return nnf.linear(x, conv.weight.flatten(1), conv.bias)
+    return nnf.linear(mine(x), conv.weight.flatten(1), conv.bias)
 
 
 def token_grid(height: int, width: int, patch: tuple[int, int]) -> tuple[int, int]:

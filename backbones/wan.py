@@ -5,7 +5,6 @@ Rounding as in diffusers: norm, modulation and gates in fp32, everything else in
 Wan: arXiv 2503.20314. Shapes: B batch, F frames, L tokens, C channels, N heads, D head size.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,20 @@ import torch.distributed as dist
 import torch.nn.functional as nnf
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, ulysses_gather_heads, ulysses_scatter_heads
 from dit_ops.backbones._block import Recompute, call_block
+from dit_ops.backbones._common import DiffusersBackbone, check_video, patchify, token_grid, zero_linears
 from dit_ops.backbones.wan_original import to_diffusers
 from dit_ops.cache import KVCache
 from dit_ops.camera import projective_cameras
-from dit_ops.files import atomic_path, read_safetensors
 from dit_ops.flow import per_frame
 from dit_ops.layout import VideoLayout
 from dit_ops.masks import Mask, TeacherForcing
 from dit_ops.parallel import SequenceParallel
 from dit_ops.rope import Rope3D
-
-ADDITIONS = "dit_ops.json"  # what diffusers' config.json has no place for
-CAMERA = "camera.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Pass:
         return None if self.parallel is None else self.parallel.group
 
 
-class WanBackbone(nn.Module):
+class WanBackbone(DiffusersBackbone):
     """Flow prediction `[B, F, Cz, h, w] → [B, F, Cz, h, w]`.
 
     camera         True adds the ProPE branch: one more output projection per layer, zero at the start
@@ -59,6 +55,8 @@ class WanBackbone(nn.Module):
     With `sequence_parallel` set, every rank of its group is given the same arguments and returns the whole flow; each
     computes its part of the tokens.
     """
+
+    stock = WanTransformer3DModel
 
     def __init__(self, transformer: WanTransformer3DModel, *, camera: bool = False, block_frames: int | None = None):
         super().__init__()
@@ -75,43 +73,6 @@ class WanBackbone(nn.Module):
             self.add_camera()
 
     @classmethod
-    def from_config(cls, config: dict, *, camera: bool = False, block_frames: int | None = None) -> "WanBackbone":
-        """A randomly initialised model from a diffusers WanTransformer3DModel config; an unknown key is an error."""
-        known = WanTransformer3DModel._get_init_keys(WanTransformer3DModel) - {"self"}
-        unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
-        if unknown:
-            raise ValueError(f"WanBackbone: config has unknown keys {unknown}; known are {sorted(known)}")
-        return cls(WanTransformer3DModel.from_config(dict(config)), camera=camera, block_frames=block_frames)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> "WanBackbone":
-        """Reads a diffusers Wan transformer folder (or a pipeline folder with `transformer/`), and our additions beside it.
-
-        Strict: a missing, unexpected or misshapen tensor is a ValueError that lists the keys.
-        """
-        path = Path(path)
-        if not (path / "config.json").is_file():
-            path = path / "transformer"
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"no diffusers transformer at {path.parent}: expected config.json or transformer/config.json"
-            )
-        transformer, info = WanTransformer3DModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
-        problems = {kind: keys for kind, keys in info.items() if keys}
-        if problems:
-            raise ValueError(f"{path}: the weights do not fit WanTransformer3DModel: {problems}")
-        additions = json.loads((path / ADDITIONS).read_text()) if (path / ADDITIONS).is_file() else {}
-        model = cls(transformer, block_frames=additions.get("block_frames"))
-        if additions.get("camera"):
-            if not (path / CAMERA).is_file():
-                raise FileNotFoundError(f"{path / ADDITIONS} announces a camera branch, but {CAMERA} is missing")
-            model.add_camera()
-            model._load_camera(read_safetensors(path / CAMERA), path / CAMERA)
-        return model.to(device) if device is not None else model
-
-    @classmethod
     def from_original(
         cls,
         weights: dict | str | Path,
@@ -119,69 +80,27 @@ class WanBackbone(nn.Module):
         *,
         block_frames: int | None = None,
         ema: bool | None = None,
-    ) -> "WanBackbone":
+    ) -> Self:
         """Reads weights under the original Wan key names, or minWM's `model.pt`; `config` is the original config.json.
 
         ema: True takes `generator_ema`, False `generator`, None the EMA where the file has one. Strict as from_pretrained.
         """
-        transformer_config, state, camera = to_diffusers(weights, config, ema=ema)
-        transformer = WanTransformer3DModel.from_config(transformer_config)
-        missing, unexpected = transformer.load_state_dict(state, strict=False)
-        if missing or unexpected:
-            raise ValueError(f"the weights do not fit the config: missing {missing}, unexpected {unexpected}")
-        model = cls(transformer, block_frames=block_frames)
-        if camera:
-            model.add_camera()
-            model._load_camera(camera, "the original weights")
-        return model
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes what diffusers writes, and beside it `camera.safetensors` (if there is a camera branch) and `dit_ops.json`."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if self.camera is not None:
-            with atomic_path(path / CAMERA) as file:
-                save_file({k: v.contiguous() for k, v in self.camera.state_dict().items()}, file)
-        with atomic_path(path / ADDITIONS) as file:
-            file.write_text(json.dumps({"block_frames": self.block_frames, "camera": self.camera is not None}, indent=2) + "\n")
-        self.transformer.save_pretrained(path)
+        config, state, camera = to_diffusers(weights, config, ema=ema)
+        return cls.from_state(config, state, {"camera": camera}, block_frames=block_frames)
 
     def add_camera(self) -> None:
         """Adds the ProPE output projections `[C, C]`, zero: the model's output does not change until they are trained."""
-        if self.camera is not None:
-            return
-        like = self.transformer.blocks[0].attn1.to_out[0].weight
-        C = like.shape[0]
-        layers = [nn.Linear(C, C, device=like.device, dtype=like.dtype) for _ in self.transformer.blocks]
-        for layer in layers:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.camera = nn.ModuleList(layers)
-
-    def _load_camera(self, state: dict[str, Tensor], source: object) -> None:
-        assert self.camera is not None
-        expected = {k: list(v.shape) for k, v in self.camera.state_dict().items()}
-        got = {k: list(v.shape) for k, v in state.items()}
-        if expected != got:
-            wrong = sorted(k for k in expected.keys() | got.keys() if expected.get(k) != got.get(k))
-            raise ValueError(f"{source}: the camera branch does not fit, at {wrong}")
-        self.camera.load_state_dict(state)
-
-    @property
-    def config(self):
-        return self.transformer.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.patch_embedding.weight.device
+        if self.camera is None:
+            self.camera = zero_linears([block.attn1.to_out[0] for block in self.transformer.blocks])
 
     @property
     def dtype(self) -> torch.dtype:
         return self.transformer.patch_embedding.weight.dtype
 
     @property
-    def latent_channels(self) -> int:
-        return self.config.out_channels
+    def patch(self) -> tuple[int, int]:
+        """Latents per token, (height, width)."""
+        return self.config.patch_size[1:]
 
     def new_cache(
         self,
@@ -199,7 +118,7 @@ class WanBackbone(nn.Module):
         """
         if batch < 1:
             raise ValueError(f"new_cache: batch must be at least 1, got {batch}")
-        self._token_grid(height, width)
+        token_grid(height, width, self.patch)
         return KVCache(len(self.transformer.blocks), window_frames=window_frames, sink_frames=sink_frames, rotated=rotated)
 
     def forward(
@@ -221,9 +140,14 @@ class WanBackbone(nn.Module):
 
         In streaming the chunk's keys and values are stored when gradients are off (see KVCache).
         """
-        B, frames, _, height, width = self._check(latents, encoder_hidden_states, clean_latents, viewmats, Ks, cache)
+        check_video(latents, clean_latents, viewmats, Ks, cache, self.camera is not None)
+        B, frames, _, height, width = latents.shape
+        text_dim = self.config.text_dim
+        if encoder_hidden_states.dim() != 3 or encoder_hidden_states.shape[::2] != (B, text_dim):
+            got = list(encoder_hidden_states.shape)
+            raise ValueError(f"encoder_hidden_states must be [B, T, C_text] = [{B}, T, {text_dim}], got {got}")
         halves = 1 if clean_latents is None else 2
-        layout = VideoLayout(frames, *self._token_grid(height, width), self.block_frames, halves, start_frame=start_frame)
+        layout = VideoLayout(frames, *token_grid(height, width, self.patch), self.block_frames, halves, start_frame=start_frame)
         x, t = latents, timestep
         if clean_latents is not None:
             x = torch.cat([clean_latents, latents], dim=1)
@@ -242,7 +166,9 @@ class WanBackbone(nn.Module):
             cache,
             self.sequence_parallel,
         )
-        x = self._patchify(x, shared)
+        parallel = self.sequence_parallel
+        mine = (lambda tokens: tokens) if parallel is None else (lambda tokens: parallel.local_tokens(tokens, layout))
+        x = patchify(x, self.transformer.patch_embedding, mine)
         if cache is not None:
             P_inv = None if shared.cameras is None else shared.cameras[1]
             size = layout.height, layout.width
@@ -259,55 +185,13 @@ class WanBackbone(nn.Module):
         temb = temb[:, -frames:]
         shift, scale = (self.transformer.scale_shift_table + temb.unsqueeze(2)).unbind(2)  # [B, F, C]
         x = self.transformer.proj_out(adaln(x, scale, shift, eps=self.config.eps))
-        if shared.parallel is not None:
-            x = shared.parallel.gather_tokens(x, layout, halves=1)
+        if parallel is not None:
+            x = parallel.gather_tokens(x, layout, halves=1)
         return self._unpatchify(x, layout)
-
-    def _check(self, latents, text, clean_latents, viewmats, Ks, cache) -> torch.Size:
-        if latents.dim() != 5:
-            raise ValueError(f"latents must be [B, F, Cz, h, w], got {list(latents.shape)}")
-        B, frames = latents.shape[:2]
-        if text.dim() != 3 or text.shape[0] != B or text.shape[2] != self.config.text_dim:
-            raise ValueError(
-                f"encoder_hidden_states must be [B, T, C_text] = [{B}, T, {self.config.text_dim}], got {list(text.shape)}"
-            )
-        if clean_latents is not None and clean_latents.shape != latents.shape:
-            raise ValueError(f"clean_latents must be {list(latents.shape)} as latents, got {list(clean_latents.shape)}")
-        if clean_latents is not None and cache is not None:
-            raise ValueError("clean_latents (teacher forcing) and cache (streaming) exclude each other, got both")
-        if (viewmats is None) != (Ks is None):
-            raise ValueError("viewmats and Ks come together, got only one of them")
-        if viewmats is not None and self.camera is None:
-            raise ValueError("viewmats were given, but this model has no camera branch (add_camera() makes one)")
-        if viewmats is None and self.camera is not None:
-            raise ValueError("this model has a camera branch and needs viewmats and Ks, got none")
-        if viewmats is not None and viewmats.shape != (B, frames, 4, 4):
-            raise ValueError(f"viewmats must be [B, F, 4, 4] = {[B, frames, 4, 4]}, got {list(viewmats.shape)}")
-        return latents.shape
-
-    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
-        _, ph, pw = self.config.patch_size
-        if height % ph or width % pw:
-            raise ValueError(f"latent height and width must be multiples of the patch {ph}×{pw}, got {height}×{width}")
-        return height // ph, width // pw
-
-    def _patchify(self, x: Tensor, shared: Pass) -> Tensor:
-        """The patch convolution as one GEMM: `[B, F, Cz, h, w] → [B, L_r, C]`, patch vectors ordered (channel, y, x)."""
-        embed = self.transformer.patch_embedding
-        B, frames, channels, height, width = x.shape
-        if channels != embed.in_channels:
-            raise ValueError(f"latents (with condition_latents) must have {embed.in_channels} channels, got {channels}")
-        _, ph, pw = self.config.patch_size
-        x = x.to(embed.weight.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, F, Cz, H, ph, W, pw]
-        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, -1, channels * ph * pw)
-        if shared.parallel is not None:
-            x = shared.parallel.local_tokens(x, shared.layout)
-        return nnf.linear(x, embed.weight.flatten(1), embed.bias)
 
     def _unpatchify(self, x: Tensor, layout: VideoLayout) -> Tensor:
         """`[B, L, ph·pw·Cz]`, channel fastest → `[B, F, Cz, h, w]`."""
-        _, ph, pw = self.config.patch_size
-        x = x.unflatten(2, (ph, pw, -1)).unflatten(1, layout.grid)  # [B, F, H, W, ph, pw, Cz]
+        x = x.unflatten(2, (*self.patch, -1)).unflatten(1, layout.grid)  # [B, F, H, W, ph, pw, Cz]
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def _time(self, t: Tensor) -> tuple[Tensor, Tensor]:

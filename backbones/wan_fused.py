@@ -14,6 +14,7 @@ from diffusers.models.transformers import transformer_wan as stock
 from torch import Tensor, nn
 
 from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, qk_norm_rope
+from dit_ops.backbones._common import norm_weight
 
 TEXT_TOKENS = 512  # what stock models expect behind the image tokens
 
@@ -47,7 +48,7 @@ class FusedWanTransformerBlock(stock.WanTransformerBlock):
         if isinstance(norm2, nn.Identity):
             x = h = gated_residual(x, a, gate_sa)
         else:
-            x, h = gated_residual_adaln(x, a, gate_sa, weight=weight_of(norm2, x), bias=norm2.bias, eps=norm2.eps)
+            x, h = gated_residual_adaln(x, a, gate_sa, weight=norm_weight(norm2, x), bias=norm2.bias, eps=norm2.eps)
         c = self.attn2(h, encoder_hidden_states, None, None)
         x, h = gated_residual_adaln(x, c, None, scale_ffn, shift_ffn, eps=self.norm3.eps)
         return gated_residual(x, self.ffn(h), gate_ffn)
@@ -75,7 +76,7 @@ class FusedWanAttnProcessor(stock.WanAttnProcessor):
             q, k = (t.unflatten(2, (attn.heads, -1)) for t in (attn.norm_q(q), attn.norm_k(k)))
         else:
             q, k = (t.unflatten(2, (attn.heads, -1)) for t in (q, k))
-            norms = weight_of(attn.norm_q, q), weight_of(attn.norm_k, k)
+            norms = norm_weight(attn.norm_q, q), norm_weight(attn.norm_k, k)
             q, k = qk_norm_rope(q, k, *norms, *tables_and_grid(rotary_emb), eps=attn.norm_q.eps)
         o = self._attend(q, k, v.unflatten(2, (attn.heads, -1)), attention_mask, parallel)
         if image is not None:
@@ -97,13 +98,6 @@ class FusedWanRotaryPosEmbed(stock.WanRotaryPosEmbed):
         grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True)]
         axes = pairs(self.freqs_cos, self.freqs_sin).split([self.t_dim // 2, self.h_dim // 2, self.w_dim // 2], dim=1)
         return Rotary(cos, sin, *(axis[:n].contiguous() for axis, n in zip(axes, grid, strict=True)))
-
-
-def weight_of(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
-    """The weight that the operators read: offloading of single layers fetches it only when the layer itself is called."""
-    if norm.weight.device != x.device:
-        raise ValueError(f"a fused model needs its norm weights on {x.device}, got {norm.weight.device}: offload whole blocks")
-    return norm.weight
 
 
 def pairs(cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dit_ops.files import read_weights
+from dit_ops.backbones._common import original_state
 
 RENAMES = [  # (pattern, replacement), first match wins
     (r"time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
@@ -33,8 +33,6 @@ RENAMES = [  # (pattern, replacement), first match wins
     (r"(blocks\.\d+)\.cross_attn\.([qkv])\.", r"\1.attn2.to_\2."),
     (r"(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
 ]
-PREFIX = re.compile(r"^(model\.)?(_fsdp_wrapped_module\.)?")
-WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 IMAGE_DIM = 1280  # CLIP ViT-H tokens of Wan 2.1 I2V
 
 
@@ -42,11 +40,9 @@ def to_diffusers(
     weights: dict | str | Path, config: dict, *, ema: bool | None
 ) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     """(diffusers config, transformer state, camera state `"<layer>.weight"`) of original weights and their original config."""
-    if not isinstance(weights, dict):
-        weights = read_weights(weights)
     state: dict[str, Tensor] = {}
     camera: dict[str, Tensor] = {}
-    for name, tensor in _generator(weights, ema).items():
+    for name, tensor in original_state(weights, ema).items():
         name = rename(name)
         if name.startswith("camera:blocks."):
             camera[name.removeprefix("camera:blocks.")] = tensor
@@ -55,18 +51,7 @@ def to_diffusers(
     return diffusers_config(config), state, camera
 
 
-def _generator(weights: dict, ema: bool | None) -> dict[str, Tensor]:
-    """The one state dict to load from a checkpoint file of several."""
-    if ema is True and "generator_ema" not in weights:
-        raise ValueError(f"ema=True, but the file has no 'generator_ema'; it has {sorted(weights)[:5]}")
-    for key in ("generator_ema",) * (ema is not False) + ("generator", "model"):
-        if isinstance(weights.get(key), dict):
-            return weights[key]
-    return weights
-
-
 def rename(name: str) -> str:
-    name = WRAPPERS.sub("", PREFIX.sub("", name, count=1))
     for pattern, replacement in RENAMES:
         if re.match(pattern, name):
             return re.sub(pattern, replacement, name, count=1)

@@ -19,11 +19,14 @@ FOLDERS = ("kernels", "backbones", "training", "pipelines", "bench")  # code at 
 LAYERS = (
     ("kernels",),
     ("__init__", "_library", "ops", "fuse", "testing"),
-    ("layout", "masks", "camera", "rope", "cache", "flow", "draws", "files", "rooms", "video", "conditions"),
+    (
+        *("layout", "parallel", "masks", "camera", "actions", "rope", "cache", "flow"),
+        *("draws", "files", "rooms", "video", "conditions"),
+    ),
     ("backbones", "registry"),
     ("pipelines",),
     ("training",),
-    ("cli", "__main__", "demo", "report", "evaluate", "doctor", "bench"),
+    ("cli", "convert", "__main__", "demo", "report", "evaluate", "doctor", "bench", "play"),
 )
 
 
@@ -152,7 +155,7 @@ def test_wheel_holds_real_files_and_works_without_a_compiled_library(tmp_path):
         archive.extractall(tmp_path / "site")
     configs = {f"dit_ops/{file.relative_to(ROOT)}" for file in ROOT.glob("configs/*/*.yaml")}
     code = {f"dit_ops/{str(file.relative_to(ROOT)).removeprefix('dit_ops/')}" for file in MODULES.values()}
-    assert configs | code | {"dit_ops/py.typed"} <= names
+    assert configs | code | {"dit_ops/py.typed", "dit_ops/play/page.html"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"dit_ops"}
     use = "import torch, dit_ops; print(dit_ops.__file__, *dit_ops.adaln(torch.ones(1, 2, 8)).shape)"
     printed = run_python(WITHOUT_TRITON + use, cwd=tmp_path, path=tmp_path / "site").split()
