@@ -25,6 +25,7 @@ from dit_ops.cache import KVCache
 from dit_ops.camera import projective_cameras
 from dit_ops.flow import per_frame
 from dit_ops.layout import VideoLayout
+from dit_ops.parallel import SequenceParallel
 from dit_ops.rope import Rope3D
 
 PROPE_CACHES = ("separate", "shared")
@@ -41,6 +42,9 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
                     modes. Models trained by minWM have 0 in every mode
     prope_cache     "separate": in streaming the ProPE path sees the past through its own keys, as in teacher forcing.
                     "shared": it sees the RoPE path's keys and values, as minWM's released streaming checkpoints were trained
+
+    With `sequence_parallel` set, every rank of its group is given the same arguments and returns the whole flow; each
+    computes its part of the video tokens, and all of the text outside of attention.
     """
 
     stock = HunyuanVideo15Transformer3DModel
@@ -68,7 +72,7 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         self.transformer = transformer
         self.block_frames, self.text_timestep, self.prope_cache = block_frames, text_timestep, prope_cache
         self.gradient_checkpointing = False
-        self.sequence_parallel = None
+        self.sequence_parallel: SequenceParallel | None = None
         self.rope = Rope3D(config.attention_head_dim, config.rope_theta, tuple(config.rope_axes_dim))
         self.camera: nn.ModuleList | None = None
         self.action: TimestepEmbedding | None = None
@@ -183,7 +187,11 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             t = torch.cat([per_frame(clean_t, frames), t], dim=1)
         elif timestep.dim() == 1:
             t = timestep[:, None]  # one row of modulation for all frames
-        x = patchify(self._concat_condition(x, condition_latents, halves), self.transformer.x_embedder.proj)
+        parallel = self.sequence_parallel if self.sequence_parallel is not None and self.sequence_parallel.size > 1 else None
+        x = self._concat_condition(x, condition_latents, halves)
+        if parallel is not None:
+            x = self._local_patches(x, parallel)
+        x = patchify(x, self.transformer.x_embedder.proj)
         temb = self._time(t, action)
         text_t = self._text_timestep(timestep, halves == 1 and cache is None)
         text_temb = self._time(text_t[:, None], None)  # [B, 1, C]
@@ -193,12 +201,12 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             P_inv = None if cameras is None else cameras[1]
             cache.begin(start_frame, frames, grid[0] * grid[1], rope=rope, size=grid, P_inv=P_inv)
         if cache is not None and not torch.is_grad_enabled():
-            text, lengths = None, self._cache_text(given, text_t, text_temb, cache)
+            text, lengths = None, self._cache_text(given, text_t, text_temb, cache, parallel)
         else:
             text, lengths = condition_tokens(self.transformer, given, text_t)
         layout = VideoLayout(frames, *grid, self.block_frames, halves, prefix=max(lengths), start_frame=start_frame)
         blocks = self.transformer.transformer_blocks
-        shared = Pass(layout, lengths, rope, cameras, cache, self.prope_cache == "shared", len(blocks) - 1)
+        shared = Pass(layout, lengths, rope, cameras, cache, self.prope_cache == "shared", len(blocks) - 1, parallel)
         for i, block in enumerate(blocks):
             past = cache.past(i) if cache is not None and torch.is_grad_enabled() else None
             camera = self.camera[i] if self.camera is not None else None
@@ -207,10 +215,12 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         if cache is not None and not torch.is_grad_enabled():
             cache.commit()
 
-        x = x[:, -layout.tokens :]  # the noisy half
+        x = x.tensor_split(halves, 1)[-1]  # the noisy half
         norm = self.transformer.norm_out
         scale, shift = norm.linear(temb[:, -frames:]).chunk(2, dim=-1)  # [B, F, C]
         x = self.transformer.proj_out(adaln(x, scale, shift, eps=norm.norm.eps))
+        if parallel is not None:
+            x = parallel.gather_tokens(x, layout, halves=1)
         return self._unpatchify(x, layout)
 
     def _check_conditions(self, latents: Tensor, given: Conditions, action: Tensor | None, cache: KVCache | None) -> None:
@@ -254,6 +264,12 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             condition = x.new_zeros(1, 1, 1, 1, 1).expand(expected)
         return torch.cat([x, condition.repeat(1, halves, 1, 1, 1)], dim=2)
 
+    def _local_patches(self, x: Tensor, parallel: SequenceParallel) -> Tensor:
+        """This rank's patches of every frame, one beside the other: `[B, F, Cz, h, w] → [B, F, Cz, p, S_r·p]`."""
+        p = self.config.patch_size
+        x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).transpose(3, 4)  # [B, F, Cz, p, H, W, p]
+        return x.flatten(4, 5).tensor_split(parallel.size, 4)[parallel.rank].flatten(4, 5)
+
     def _time(self, t: Tensor, action: Tensor | None) -> Tensor:
         """`[B, F']` → `silu(embedding)` `[B, F', C]`; the action's embedding is added to the noisy frames, the last F."""
         temb = self._wave(t, self.transformer.time_embed.timestep_embedder)
@@ -274,7 +290,9 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             return torch.full_like(t, self.text_timestep)
         return t if joint else torch.zeros_like(t)
 
-    def _cache_text(self, given: Conditions, t: Tensor, temb: Tensor, cache: KVCache) -> tuple[int, ...]:
+    def _cache_text(
+        self, given: Conditions, t: Tensor, temb: Tensor, cache: KVCache, parallel: SequenceParallel | None
+    ) -> tuple[int, ...]:
         """Runs the text through all blocks, once per text, and leaves its keys and values in the cache; tokens per sample."""
         if cache.text_is(*given) and cache.text[0] is not None:
             return tuple(cache.text[0][0].tolist())
@@ -287,7 +305,7 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             )
         paths = 1 if self.camera is None or not cache.rotated else 2
         for i, block in enumerate(self.transformer.transformer_blocks):
-            text = call_block(block, cache_text, i, block, text, temb, lengths, cache, paths)
+            text = call_block(block, cache_text, i, block, text, temb, lengths, cache, paths, parallel)
         cache.text[0] = (torch.tensor(lengths),)
         return lengths
 

@@ -1,21 +1,27 @@
 """One block of HunyuanVideo 1.5: a video stream and a text stream that meet in the attention.
 
-Shapes: B batch, F frames, L video tokens, T text tokens, C channels, N heads, D head size; F' = F, or 1 for one timestep.
+On several ranks (dit_ops/parallel.py) a block holds this rank's part of the video and all of the text. Keys and values of the
+text never travel: a rank has computed them and takes its heads. Where the text sees the video too, its output comes back with
+the video's, in one exchange.
+Shapes: B batch, F frames, L video tokens, T text tokens, C channels, N heads, D head size; F' = F, or 1 for one timestep;
+L_r and N_r are a rank's share.
 """
 
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15TransformerBlock
 from torch import Tensor, nn
 
-from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, prope_output, qk_norm_rope, qk_norm_rope_prope
+from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, ulysses_gather_heads, ulysses_scatter_heads
 from dit_ops.backbones.hunyuan_video15_text import sees_text, video_mask
 from dit_ops.cache import KVCache
 from dit_ops.layout import VideoLayout
+from dit_ops.parallel import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -29,18 +35,23 @@ class Pass:
     cache: KVCache | None
     shared_prope: bool
     last: int  # of the last block, which has no use for the text's output
+    parallel: SequenceParallel | None = None  # of more than one rank
 
     @property
     def joint(self) -> bool:
         """The text sees the video too: bidirectional."""
         return self.layout.halves == 1 and self.cache is None
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.parallel is None else self.parallel.group
+
 
 def run_block(
     i: int,
     block: HunyuanVideo15TransformerBlock,
     camera: nn.Linear | None,
-    x: Tensor,  # [B, L, C]
+    x: Tensor,  # [B, L_r, C]
     text: Tensor | None,  # [B, T, C]; None: its keys are in the cache
     temb: Tensor,  # [B, F', C]
     text_temb: Tensor,  # [B, 1, C]
@@ -84,53 +95,61 @@ def joint_attention(
 
     Keys are [text | past | own]. The text has no position and no camera: both paths see the same keys of it.
     """
-    layout, N = shared.layout, attn.heads
-    T, text_o = layout.prefix, None
+    layout, N, cameras = shared.layout, attn.heads, shared.cameras
+    T, paths, prefix, text_o = layout.prefix, 1 if cameras is None else 2, 0, None
     q, k, v, own = video_heads(i, attn, h, shared)
     if text_h is not None:
-        text_q, text_k, text_v = text_heads(attn, text_h)
+        text = text_heads(attn, text_h)
         if i != shared.last and not shared.joint:
-            text_o = attention(text_q, text_k, text_v, sees_text(T, T, T, shared.lengths))
-        paths = q.shape[2] // N
+            text_o = attention(*text, sees_text(T, T, T, shared.lengths))
+        text_q, text_k, text_v = (heads_here(t, shared.parallel) for t in text)
         parts = [(text_k.repeat(1, 1, paths, 1), text_v.repeat(1, 1, paths, 1)), *([] if past is None else [past]), (k, v)]
         k, v = (torch.cat(t, 1) for t in zip(*parts, strict=True))
         if i != shared.last and shared.joint:
-            q = torch.cat([text_q.repeat(1, 1, paths, 1), q], 1)
-    o = attention(q, k, v, video_mask(layout, q.shape[1], k.shape[1], shared.lengths))
-    if shared.shared_prope and own is not None and shared.cameras is not None:
+            q, prefix = torch.cat([text_q.repeat(1, 1, paths, 1), q], 1), T
+    if q.shape[2]:
+        o = attention(q, k, v, video_mask(layout, q.shape[1], k.shape[1], shared.lengths))
+    else:  # a rank without heads: the same parameters have a gradient as on the others, and it takes part in the exchange
+        o = q + k.sum(1, keepdim=True) + v.sum(1, keepdim=True)
+    if shared.shared_prope and own is not None and cameras is not None:
         for t in own:
-            t[:, :, N:] = t[:, :, :N]
+            rope_path, prope_path = t.tensor_split(2, 2)
+            prope_path.copy_(rope_path)
         cast(KVCache, shared.cache).write(i, *own)
-    if q.shape[1] > h.shape[1]:
-        text_o, o = o[:, :T, :N], o[:, T:]
-    out = attn.to_out[0](o[:, :, :N].flatten(2))
-    if camera is not None and shared.cameras is not None:
-        out = out + camera(prope_output(o[:, :, N:], shared.cameras[0], halves=layout.halves).flatten(2))
+    if prefix and shared.group is None:  # views; the operator would join the text and the projected video again
+        text_o, o, prefix = o[:, :T, :N], o[:, T:], 0
+    where: dict[str, Any] = {"group": shared.group, "halves": layout.halves, "prefix": prefix}
+    o, *prope_o = ulysses_gather_heads(o, layout.grid, None if cameras is None else cameras[0], heads=N, **where)
+    if prefix:
+        text_o = o[:, :T]
+    out = attn.to_out[0](o[:, prefix:].flatten(2))
+    if camera is not None and prope_o:
+        out = out + camera(prope_o[0][:, prefix:].flatten(2))
     return out, None if text_o is None else attn.to_add_out(text_o.flatten(2))
 
 
 def video_heads(
     i: int, attn: Attention, h: Tensor, shared: Pass
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Queries, keys and values of h: N heads of RoPE, with cameras N more of ProPE.
+    """Queries, keys and values of all tokens, h being this rank's: N_r heads of RoPE, with cameras N_r more of ProPE.
 
-    In streaming without gradient they go into the cache, and the keys and values are all that it lets h see; then also h's own.
+    In streaming without gradient they go into the cache, and the keys and values are all that it lets the chunk see; then also
+    the chunk's own.
     """
     layout, N = shared.layout, attn.heads
     cache = None if torch.is_grad_enabled() else shared.cache
     q, k, v = (proj(h).unflatten(2, (N, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))
     own, slots, into = None, None, {}
     if cache is not None:
-        stored = 2 * N if cache.rotated and shared.cameras is not None else N
+        mine = N if shared.parallel is None else shared.parallel.heads(N)[shared.parallel.rank]
+        stored = 2 * mine if cache.rotated and shared.cameras is not None else mine
         slots = None if shared.shared_prope else cache.slots(i, k, stored)
-        own = slots or (k.new_empty(*k.shape[:2], stored, k.shape[3]), v.new_empty(*v.shape[:2], stored, v.shape[3]))
+        shape = k.shape[0], layout.tokens, stored, k.shape[3]
+        own = slots or (k.new_empty(shape), v.new_empty(shape))
         into = {"k_out": own[0], "v_out": own[1], "turn_keys": cache.rotated}
     where: dict[str, Any] = {"eps": attn.norm_q.eps, "start_frame": layout.start_frame, "halves": layout.halves, **into}
-    norms = attn.norm_q.weight, attn.norm_k.weight
-    if shared.cameras is None:
-        q, k = qk_norm_rope(q, k, *norms, shared.rope, layout.grid, v=v if into else None, **where)
-    else:
-        q, k, v = qk_norm_rope_prope(q, k, v, *norms, shared.rope, layout.grid, *shared.cameras, **where)
+    norms, cameras = (attn.norm_q.weight, attn.norm_k.weight), shared.cameras or (None, None)
+    q, k, v = ulysses_scatter_heads(q, k, v, *norms, shared.rope, layout.grid, *cameras, group=shared.group, **where)
     if cache is not None and own is not None:
         k, v = cache.visible(i) if slots else cache.write(i, *own)
     return q, k, v, own
@@ -144,11 +163,12 @@ def cache_text(
     lengths: tuple[int, ...],
     cache: KVCache,
     paths: int,
+    parallel: SequenceParallel | None,
 ) -> Tensor:
-    """The text's half of a block alone; its keys and values go into the cache, for each of the paths."""
+    """The text's half of a block alone; its keys and values, of this rank's heads, go into the cache, for each of the paths."""
     h, rows = enter(block.norm1_context, text, temb)
     q, k, v = text_heads(block.attn, h)
-    cache.write_prefix(i, k.repeat(1, 1, paths, 1), v.repeat(1, 1, paths, 1))
+    cache.write_prefix(i, *(heads_here(t, parallel).repeat(1, 1, paths, 1) for t in (k, v)))
     T = text.shape[1]
     a = block.attn.to_add_out(attention(q, k, v, sees_text(T, T, T, lengths)).flatten(2))
     return leave(text, a, rows, block.norm2_context, block.ff_context)
@@ -158,3 +178,8 @@ def text_heads(attn: Attention, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normed queries and keys, and values, of the text `[B, T, N, D]`."""
     q, k, v = (proj(h).unflatten(2, (attn.heads, -1)) for proj in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     return attn.norm_added_q(q), attn.norm_added_k(k), v
+
+
+def heads_here(text: Tensor, parallel: SequenceParallel | None) -> Tensor:
+    """This rank's heads of the text: `[B, T, N, D] → [B, T, N_r, D]`, a view."""
+    return text if parallel is None else text.tensor_split(parallel.size, 2)[parallel.rank]

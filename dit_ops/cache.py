@@ -187,7 +187,7 @@ class KVCache:
         self._turn(k[:, frames], v[:, frames], *to, self.visible_frames(last), [(0, filled)])
         for stored, out in ((k, k_out), (v, v_out)):
             if self._text_tokens and out is not None:  # text has no position and no camera: both paths see it as it is
-                out[:, text].unflatten(2, (-1, k.shape[2])).copy_(stored[:, text, None])
+                out[:, text].unflatten(2, (2 if self._has_cameras else 1, k.shape[2])).copy_(stored[:, text, None])
         return k_out[:, seen], (v if v_out is None else v_out)[:, seen]
 
     def past(self, layer: int) -> Pair | None:
