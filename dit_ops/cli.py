@@ -1,9 +1,10 @@
-"""`dit-ops demo · train · generate · preprocess · convert · bench · doctor`.
+"""`dit-ops demo · train · generate · play · preprocess · convert · bench · plan · doctor`.
 
 What the user got wrong ends in one sentence on stderr and exit code 2; Ctrl-C in 130. Heavy imports wait inside the commands.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError) as error:
-        message = str(error)
+    except (ValueError, OSError, NotImplementedError) as error:
+        message = " ".join(str(error).split())
         print(f"dit-ops {arguments.command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -32,7 +33,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
 
     p = _command(commands, "demo", _demo, "render rooms, train all stages, generate, score, write a report")
-    p.add_argument("--output", type=Path, default=Path("out/demo"), help="folder (default: %(default)s)")
+    p.add_argument("--output", type=Path, help="folder (default: out/demo, or out/demo-<backbone>)")
+    p.add_argument(
+        "--backbone", default="wan", help="wan or hunyuan_video15, in a size that trains at once (default: %(default)s)"
+    )
     p.add_argument("--preset", default="tiny", help="tiny: two CPU cores; gpu: ten minutes on one GPU (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--overwrite", action="store_true", help="start over instead of skipping finished steps")
@@ -46,10 +50,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=Path, required=True, help="model directory: ours, or a stock diffusers Wan pipeline")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
-    what.add_argument("--prompts", type=Path, help='JSONL file of {"prompt": …, "pose": …, "seed": …}')
+    what.add_argument("--prompts", type=Path, help='JSONL file of {"prompt": …, "pose": …, "seed": …, "image": …}')
     p.add_argument(
         "--pose", help="pose string such as w*4,l*8 (one pose per latent frame, plus the first), or a pose JSON file"
     )
+    p.add_argument("--image", help="picture of the first frame, for a model that continues one")
     p.add_argument("--frames", type=int, help="latent frames (default: what the pose gives)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output", type=Path, default=Path("out/videos"), help="folder, or an .mp4 file for a single video")
@@ -70,11 +75,37 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="default: the GPU if there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
 
-    p = _command(commands, "preprocess", _preprocess, "make a latent data set from rendered rooms or a folder of mp4 files")
-    p.add_argument("source", help="a folder of mp4 files with captions and poses, or the word rooms")
+    p = _command(commands, "play", _play, "steer a causal model with the keyboard, on a local web page")
+    p.add_argument("--model", type=Path, required=True, help="model directory")
+    p.add_argument("--prompt", default="", help="what the page starts with")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at; others than this machine need the token")
+    p.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
+    p.add_argument("--token", help="asked for in every request (default: a new one, where --host is not this machine)")
+    p.add_argument("--window-frames", type=int, help="latent frames that the KV cache keeps (default: as many as were trained)")
+    p.add_argument("--sink-frames", type=int, help="first latent frames that the KV cache never drops")
+    p.add_argument("--device", help="default: the GPU if there is one")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+
+    p = _command(commands, "preprocess", _preprocess, "make a latent data set of rendered rooms, mp4 files or minWM's data")
+    p.add_argument("source", help="a folder of mp4 files with captions and poses, the word rooms, or as --format says")
     p.add_argument("output", type=Path, help="folder of the data set")
-    p.add_argument("--size", default="64", help="pixels: one number, or HEIGHTxWIDTH (default: %(default)s)")
-    p.add_argument("--frames", type=int, help="pixel frames per video (rooms: 8; mp4: all that fill latent frames)")
+    p.add_argument(
+        "--format",
+        choices=("mp4", "lmdb", "pt"),
+        default="mp4",
+        help="lmdb: minWM's Wan data, an LMDB or a folder of them; pt: the train_index.json of its HunyuanVideo data",
+    )
+    p.add_argument(
+        "--size",
+        action="append",
+        help="pixels: one number, or HEIGHTxWIDTH (default: 64); mp4: may be repeated, a clip goes to the nearest aspect ratio",
+    )
+    p.add_argument(
+        "--frames",
+        type=int,
+        action="append",
+        help="pixel frames per video (rooms: 8; mp4: all that fill latent frames; if repeated, the most that a clip has)",
+    )
     p.add_argument("--fps", type=float, help="frames per second of the data set")
     p.add_argument("--split", help="name of the split that the samples belong to (rooms: train)")
     p.add_argument("--count", type=int, default=256, help="rooms: number of videos (default: %(default)s)")
@@ -84,19 +115,36 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--condition", type=Path, help="mp4: directory of the condition; default: a linear codec fitted to the videos"
     )
+    p.add_argument("--negative-prompt", default="", help="prompt of the unconditional passes (default: none)")
+    p.add_argument("--action", action="store_true", help="mp4: store the action labels of the poses as a condition")
+    p.add_argument("--image-condition", action="store_true", help="mp4: store the first frame as a condition: image to video")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of stored latents and text; default: as computed"
+    )
+    p.add_argument("--shard", metavar="I/N", help="mp4: encode part I of N (default: rank and world size under torchrun)")
+    p.add_argument("--negative", type=Path, help="pt: file of the negative prompt's states")
+    p.add_argument("--negative-byt5", type=Path, help="pt: file of the negative prompt's glyph states")
     p.add_argument("--device", help="default: the GPU if there is one")
     p.add_argument("--overwrite", action="store_true", help="replace the data set instead of going on with it")
 
-    p = _command(commands, "convert", _convert, "turn an original Wan or minWM checkpoint into a diffusers transformer folder")
-    p.add_argument("weights", type=Path, help=".pt or .safetensors file with the original key names")
-    p.add_argument("output", type=Path, help="transformer folder to write")
-    p.add_argument("--config", type=Path, required=True, help="the original config.json")
+    p = _command(
+        commands, "convert", _convert, "turn original weights or a training checkpoint into a diffusers folder, or back"
+    )
+    p.add_argument(
+        "weights", type=Path, help="file with original names (Wan, HunyuanVideo, minWM), training checkpoint, or model folder"
+    )
+    p.add_argument("output", type=Path, help="transformer folder to write, or with the suffix .pt minWM's model.pt (Wan)")
+    p.add_argument("--config", type=Path, help="the original config.json, for a file with original names")
+    p.add_argument("--role", default="generator", help="training checkpoint: which network (default: %(default)s)")
+    p.add_argument("--lora", type=Path, help="LoRA weights to merge: a file, or its folder")
     p.add_argument("--block-frames", type=int, help="latent frames per causal block")
-    p.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take generator_ema or not; default: if it is there")
+    p.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take the average or not; default: if it is there")
 
     p = _command(commands, "bench", _bench, "microbenchmarks of the ops; further arguments go to the benchmark")
     p.add_argument("op", nargs="?", help="default: every op")
     p.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+    _command(commands, "plan", _plan, "memory and traffic per GPU of teacher forcing, by calculation, from 1 to 1024 GPUs")
 
     _command(commands, "doctor", _doctor, "what this machine offers, and which backend each op will use")
     return top
@@ -115,7 +163,8 @@ def _say(line: str) -> None:
 def _demo(a: argparse.Namespace) -> None:
     from dit_ops.demo import demo
 
-    print(demo(a.output, a.preset, a.seed, overwrite=a.overwrite, say=_say))
+    output = a.output or Path("out") / ("demo" if a.backbone == "wan" else f"demo-{a.backbone}")
+    print(demo(output, a.preset, a.seed, backbone=a.backbone, overwrite=a.overwrite, say=_say))
 
 
 def _train(a: argparse.Namespace) -> None:
@@ -124,7 +173,15 @@ def _train(a: argparse.Namespace) -> None:
     from dit_ops.training.validation import validation_videos
 
     config = load_config(a.config, a.overrides)
-    print(run(config, resume=not a.no_resume, validate=validation_videos(config)))
+    path = run(config, resume=not a.no_resume, validate=validation_videos(config))
+    if os.environ.get("RANK", "0") == "0":
+        print(path)
+
+
+def _plan(a: argparse.Namespace) -> None:
+    from dit_ops.training.plan import table
+
+    print(table())
 
 
 SAMPLER = [
@@ -139,7 +196,8 @@ def _generate(a: argparse.Namespace) -> None:
 
     from dit_ops.pipelines import files, loading
 
-    items = files.read_items(a.prompts, a.pose, a.seed) if a.prompts else [files.Item(a.prompt, a.pose, a.seed)]
+    given = a.pose, a.seed, a.image
+    items = files.read_items(a.prompts, *given) if a.prompts else [files.Item(a.prompt, *given)]
     options = {name: getattr(a, name) for name in SAMPLER}
     model = files.fingerprint(a.model, a.mode, a.dtype)
     wanted = [files.request(item, model, options) for item in items]
@@ -165,21 +223,37 @@ def _generate(a: argparse.Namespace) -> None:
         print(path)
 
 
+def _play(a: argparse.Namespace) -> None:
+    import torch
+
+    from dit_ops.pipelines import loading
+
+    try:
+        from dit_ops.play.server import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; pip install 'dit-ops[play]' does it") from error
+    pipeline = loading.load(a.model, a.device, getattr(torch, a.dtype) if a.dtype else None)
+    window = a.window_frames or pipeline.settings.window_frames or pipeline.settings.frames  # a stream has no end
+    options = {"window_frames": window, "sink_frames": a.sink_frames}
+    serve(pipeline, a.host, a.port, token=a.token, prompt=a.prompt, options=options, say=_say)
+
+
 def _preprocess(a: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
     from dit_ops import conditions, rooms
+    from dit_ops.training.importers_lmdb import import_lmdb
+    from dit_ops.training.importers_pt import import_pt
     from dit_ops.training.preprocess import make_rooms, preprocess
 
-    try:
-        size = tuple(int(n) for n in a.size.split("x"))
-    except ValueError:
-        size = ()
-    if len(size) not in (1, 2):
-        raise ValueError(f"--size must be a number or HEIGHTxWIDTH, got {a.size!r}")
-    height, width = size * 2 if len(size) == 1 else size
-    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = [_size(text) for text in a.size or ["64"]]
+    frames = a.frames or []
+    if a.source == "rooms" and max(len(sizes), len(frames)) > 1:
+        raise ValueError("--size and --frames may be repeated for mp4 files only")
+    part = _part(a.shard)
+    local = os.environ.get("LOCAL_RANK", "0")
+    device = a.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     mode: Literal["overwrite", "resume"] = "overwrite" if a.overwrite else "resume"
     with tqdm(unit="video") as bar:
 
@@ -192,8 +266,8 @@ def _preprocess(a: argparse.Namespace) -> None:
                 a.output,
                 prompts=a.prompts or rooms.PROMPTS,
                 count=a.count,
-                frames=a.frames or 8,
-                size=(height, width),
+                frames=frames[0] if frames else 8,
+                size=sizes[0],
                 seed=a.seed,
                 split=a.split or "train",
                 exclude=a.exclude,
@@ -202,21 +276,78 @@ def _preprocess(a: argparse.Namespace) -> None:
                 device=device,
                 progress=progress,
             )
+        elif a.format == "pt":
+            if a.negative is None or a.negative_byt5 is None:
+                raise ValueError("--format pt needs --negative and --negative-byt5, the files of the negative prompt's states")
+            given = {"negative": a.negative, "negative_byt5": a.negative_byt5}
+            dataset = import_pt(a.source, a.output, **given, fps=a.fps or 16, split=a.split, progress=progress)
+        elif a.format == "lmdb":
+            if a.condition is None:
+                raise ValueError("--format lmdb needs --condition, a model directory whose text encoder encodes the prompts")
+            condition = conditions.load(a.condition).to(device)
+            options = {"fps": a.fps or 16, "negative_prompt": a.negative_prompt, "split": a.split, "progress": progress}
+            dataset = import_lmdb(a.source, a.output, condition, **options)
         else:
-            condition = conditions.load(a.condition).to(device) if a.condition else None
-            options = {"frames": a.frames, "fps": a.fps, "split": a.split, "mode": mode, "progress": progress}
-            dataset = preprocess(a.source, a.output, condition, size=(height, width), **options)
-    _say(f"{len(dataset)} samples")
+            dataset = preprocess(
+                a.source,
+                a.output,
+                conditions.load(a.condition).to(device) if a.condition else None,
+                size=sizes,
+                frames=frames or None,
+                fps=a.fps,
+                negative_prompt=a.negative_prompt,
+                image=a.image_condition,
+                action=a.action,
+                split=a.split,
+                part=part,
+                dtype=getattr(torch, a.dtype) if a.dtype else None,
+                mode=mode,
+                progress=progress,
+            )
+    _say(f"{len(dataset)} samples in {dataset.directory}")
     print(a.output)
 
 
+def _size(text: str) -> tuple[int, int]:
+    try:
+        size = tuple(int(n) for n in text.split("x"))
+    except ValueError:
+        size = ()
+    if len(size) not in (1, 2):
+        raise ValueError(f"--size must be a number or HEIGHTxWIDTH, got {text!r}")
+    return size[0], size[-1]
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    """(i, n) of --shard I/N, else of torchrun's environment."""
+    text = text or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+    numbers = text.split("/")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise ValueError(f"--shard must be I/N, part I (from 0) of N, got {text!r}")
+    return int(numbers[0]), int(numbers[1])
+
+
 def _convert(a: argparse.Namespace) -> None:
-    import json
+    from dit_ops import convert
+    from dit_ops.registry import load_backbone
 
-    from dit_ops.backbones.wan import WanBackbone
+    if a.config or a.weights.is_file():
+        if a.config is None:
+            raise ValueError(f"--config, the original config.json, is needed for the original weights {a.weights}")
+        backbone = convert.from_original(a.weights, a.config, block_frames=a.block_frames, ema=a.ema)
+    elif (a.weights / "trainer.json").is_file():
+        backbone = convert.from_checkpoint(a.weights, a.role, ema=a.ema)
+    else:
+        backbone = load_backbone(a.weights)
+    if a.lora:
+        from dit_ops.training.lora import load_lora, merge_lora
 
-    config = json.loads(a.config.read_text(encoding="utf-8"))
-    WanBackbone.from_original(a.weights, config, block_frames=a.block_frames, ema=a.ema).save_pretrained(a.output)
+        load_lora(backbone, a.lora)
+        merge_lora(backbone)
+    if a.output.suffix == ".pt":
+        convert.to_minwm(backbone, a.output)
+    else:
+        backbone.save_pretrained(a.output)
     print(a.output)
 
 

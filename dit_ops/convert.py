@@ -12,6 +12,7 @@ import torch
 from dit_ops.backbones.wan_original import rename
 from dit_ops.files import atomic_path, read_weights
 from dit_ops.registry import BACKBONES, backbone_class, load_backbone
+from dit_ops.training.lora import add_lora, merge_lora
 
 # (pattern of a diffusers name, original name): the inverse of wan_original.RENAMES
 ORIGINAL: list[tuple[str, str | Callable[[re.Match], str]]] = [
@@ -76,7 +77,14 @@ def from_checkpoint(checkpoint: Path, role: str = "generator", *, ema: bool | No
     if role not in models:
         raise ValueError(f"{checkpoint} has no role {role!r}; it has {', '.join(models)}")
     backbone = _empty(config, role, checkpoint)
-    backbone.load_state_dict(models[role])
+    if config["model"].get("lora") is None:
+        backbone.load_state_dict(models[role])
+        return backbone
+    add_lora(backbone, **config["model"]["lora"])  # the checkpoint holds what was trained, over the base that it started from
+    if {name for name, p in backbone.named_parameters() if p.requires_grad} != models[role].keys():
+        raise ValueError(f"{checkpoint}: the adapters do not fit the base that its config names")
+    backbone.load_state_dict(models[role], strict=False)
+    merge_lora(backbone)
     return backbone
 
 
@@ -86,7 +94,8 @@ def _empty(config: dict[str, Any], role: str, checkpoint: Path) -> Any:
     if init is not None:
         backbone = load_backbone(init)
     elif model.get("config"):
-        backbone = backbone_class(model["class_name"]).from_config(model["config"])
+        torch.manual_seed(config["seed"])  # the weights that the run started from: under adapters they are still its base
+        backbone = backbone_class(model["class_name"], model["config"]).from_config(model["config"])
     else:
         raise ValueError(f"{checkpoint}: its config has neither init.{role} nor model.config")
     if model.get("camera"):

@@ -17,7 +17,7 @@ class BidirectionalPipeline(Pipeline):
 
     def denoise(self, state: stages.State) -> Iterator[Tensor]:
         sampler = solver(state.settings)
-        x = stages.initial_noise(state, 0, state.frames)
+        x = stages.initial_noise(state, 0, stages.all_frames(state))
         for i, t in enumerate(sampler.timesteps):
             x = sampler.step(i, x, *stages.predict_flow(self.backbone, state, x, t))
-        yield x
+        yield self.backbone.keep_known(x, **state.conditions[0]) if hasattr(self.backbone, "keep_known") else x

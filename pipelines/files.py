@@ -20,15 +20,16 @@ from dit_ops.pipelines.stages import Cameras, write_videos
 
 @dataclass(frozen=True)
 class Item:
-    """One video that is wanted; pose is a pose string or the path of a pose JSON file."""
+    """One video that is wanted; pose is a pose string or the path of a pose JSON file, image that of a known first frame."""
 
     prompt: str
     pose: str | None = None
     seed: int = 0
+    image: str | None = None
 
 
-def read_items(path: str | Path, pose: str | None = None, seed: int = 0) -> list[Item]:
-    """A JSONL file of {"prompt": …, "pose": …, "seed": …}; pose and seed may be left out and default to those given here."""
+def read_items(path: str | Path, pose: str | None = None, seed: int = 0, image: str | None = None) -> list[Item]:
+    """A JSONL file of {"prompt": …, "pose": …, "seed": …, "image": …}; all but the prompt default to what is given here."""
     items = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -39,9 +40,9 @@ def read_items(path: str | Path, pose: str | None = None, seed: int = 0) -> list
             raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ValueError(f"{path}, line {number}: expected an object with a prompt, got {line[:80]}")
-        if unknown := entry.keys() - {"prompt", "pose", "seed"}:
-            raise ValueError(f"{path}, line {number}: unknown keys {sorted(unknown)}; known: prompt, pose, seed")
-        items.append(Item(entry["prompt"], entry.get("pose", pose), entry.get("seed", seed)))
+        if unknown := entry.keys() - {"prompt", "pose", "seed", "image"}:
+            raise ValueError(f"{path}, line {number}: unknown keys {sorted(unknown)}; known: prompt, pose, seed, image")
+        items.append(Item(entry["prompt"], entry.get("pose", pose), entry.get("seed", seed), entry.get("image", image)))
     if not items:
         raise ValueError(f"{path} holds no prompts")
     return items
@@ -57,7 +58,8 @@ def fingerprint(model: str | Path, mode: str | None = None, dtype: str | None = 
 
 def request(item: Item, model: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Everything that determines the video: the item, the model and the sampler options that were given."""
-    return {**asdict(item), "model": model, "options": {k: v for k, v in options.items() if v is not None}}
+    wanted = {name: value for name, value in asdict(item).items() if name != "image" or value is not None}
+    return {**wanted, "model": model, "options": {k: v for k, v in options.items() if v is not None}}
 
 
 def file_stem(wanted: dict[str, Any]) -> str:
@@ -97,7 +99,9 @@ def generate_file(
 
     options = wanted["options"]
     settings = pipeline.settings.override({k: v for k, v in options.items() if k != "frames"})
-    chunks = pipeline.stream(item.prompt, pose=read_pose(item.pose), seed=item.seed, on_step=on_step, **options)
+    image = None if item.image is None else read_image(item.image, settings.height, settings.width)
+    given: dict[str, Any] = {"pose": read_pose(item.pose), "image": image, "seed": item.seed}
+    chunks = pipeline.stream(item.prompt, **given, on_step=on_step, **options)
     frames = write_videos(timed(chunks), [video], settings.fps)
     record = {
         "request": wanted,
@@ -118,6 +122,19 @@ def generate_file(
 def read_pose(pose: str | None) -> str | Cameras | None:
     """A pose string as it is; the trajectory of a `.json` file."""
     return trajectory_from_json(pose) if pose is not None and pose.endswith(".json") else pose
+
+
+def read_image(path: str | Path, height: int, width: int) -> Tensor:
+    """A picture scaled to cover height × width and cropped at the centre → [3, H, W] in [−1, 1]."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that can be read") from None
+    levels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return levels.permute(2, 0, 1) / 127.5 - 1
 
 
 def output_paths(output: Path, wanted: Sequence[dict[str, Any]]) -> list[Path]:

@@ -2,7 +2,7 @@
 
 <dir>/model_index.json   {"_class_name": …, "transformer": […], "condition": […], fields of Settings}
 <dir>/transformer/       the backbone          <dir>/condition/   the condition
-A stock diffusers Wan directory (`WanPipeline`) loads too: its condition is its own vae, text_encoder and tokenizer.
+A stock diffusers directory of a known model loads too: its condition is its own vae, text encoders and tokenizers.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from dit_ops.conditions import Condition
 from dit_ops.files import atomic_folder
 from dit_ops.pipelines.base import Pipeline
 from dit_ops.pipelines.settings import Settings
-from dit_ops.registry import load_backbone
+from dit_ops.registry import RECIPE, load_backbone
 
 MODES = {"bidirectional": "BidirectionalPipeline", "autoregressive": "AutoregressivePipeline", "few_step": "FewStepPipeline"}
 PIPELINES = {
@@ -25,6 +25,9 @@ PIPELINES = {
     "AutoregressivePipeline": "dit_ops.pipelines.autoregressive:AutoregressivePipeline",
     "FewStepPipeline": "dit_ops.pipelines.few_step:FewStepPipeline",
     "WanPipeline": "dit_ops.pipelines.bidirectional:BidirectionalPipeline",
+    "WanImageToVideoPipeline": "dit_ops.pipelines.bidirectional:BidirectionalPipeline",
+    "HunyuanVideo15Pipeline": "dit_ops.pipelines.bidirectional:BidirectionalPipeline",
+    "HunyuanVideo15ImageToVideoPipeline": "dit_ops.pipelines.bidirectional:BidirectionalPipeline",
 }
 
 
@@ -36,7 +39,7 @@ def register(class_name: str, target: str) -> None:
 def pipeline_class(class_name: str) -> type[Pipeline]:
     """Imports and returns the pipeline class of a `_class_name`."""
     if class_name not in PIPELINES:
-        raise ValueError(f"unknown pipeline class {class_name!r}; known: {', '.join(PIPELINES)}")
+        raise ValueError(f"unknown pipeline class {class_name!r}; known: {', '.join(PIPELINES)} ({RECIPE} says how to add one)")
     module, name = PIPELINES[class_name].split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -72,8 +75,8 @@ def load(
     cls = pipeline_class(MODES[mode] if mode else index["_class_name"])
     pipeline_class(index["_class_name"])  # an unknown directory is an error in every mode
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    stock = index["_class_name"] == "WanPipeline"
-    settings = stock_settings(directory, index) if stock else own_settings(index)
+    stock = STOCK.get(index["_class_name"])
+    settings = stock(directory, index) if stock else own_settings(index)
     if condition is None:
         if not stock and "condition" not in index:
             raise ValueError(f"{directory} holds no condition (text encoder and codec): condition must be given")
@@ -90,17 +93,45 @@ def own_settings(index: dict[str, Any]) -> Settings:
     return Settings().override({k: v for k, v in index.items() if k not in components and not k.startswith("_")})
 
 
-def stock_settings(directory: Path, index: dict[str, Any]) -> Settings:
-    """Sampler defaults of a diffusers Wan directory: its scheduler's shift and solver, WanPipeline's guidance of 5."""
+def wan_settings(directory: Path, index: dict[str, Any]) -> Settings:
+    """Sampler defaults of a diffusers Wan directory: its scheduler's shift and solver, WanPipeline's guidance of 5.
+
+    Wan 2.2 TI2V (a timestep per token): 121 pixel frames of 704×1280 at 24 frames per second.
+    """
     if index.get("transformer_2", [None, None])[1] is not None or index.get("boundary_ratio") is not None:
         raise ValueError(f"{directory}: Wan 2.2 with two experts (transformer_2) is not supported, only one transformer is")
-    if index.get("expand_timesteps"):
-        raise ValueError(f"{directory}: Wan 2.2 with expand_timesteps is not supported")
-    path = directory / "scheduler" / "scheduler_config.json"
-    scheduler = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    scheduler = _component_config(directory, "scheduler/scheduler_config.json")
     unipc = scheduler.get("_class_name") == "UniPCMultistepScheduler"
     shift = scheduler.get("flow_shift" if unipc else "shift", 1.0)
-    return Settings(num_steps=50, guidance=5.0, shift=shift, solver="unipc" if unipc else "euler")
+    settings = Settings(num_steps=50, guidance=5.0, shift=shift, solver="unipc" if unipc else "euler")
+    ti2v = {"frames": 31, "height": 704, "width": 1280, "fps": 24.0}
+    return settings.override(ti2v if index.get("expand_timesteps") else {})
+
+
+def hunyuan_video15_settings(directory: Path, index: dict[str, Any]) -> Settings:
+    """Sampler defaults of a diffusers HunyuanVideo 1.5 directory: its shift, guidance and 16:9 size, 121 pixel frames."""
+    from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+
+    shift = _component_config(directory, "scheduler/scheduler_config.json").get("shift", 1.0)
+    guider = _component_config(directory, "guider/guider_config.json")
+    # the original formulation is cond + g·(cond − uncond) = uncond + (g + 1)·(cond − uncond)
+    guidance = guider.get("guidance_scale", 6.0) + bool(guider.get("use_original_formulation"))
+    target = _component_config(directory, "transformer/config.json").get("target_size", 640)
+    height, width = HunyuanVideo15ImageProcessor().calculate_default_height_width(9, 16, target)
+    return Settings(num_steps=50, guidance=guidance, shift=shift, frames=31, height=height, width=width, fps=24)
+
+
+STOCK = {  # diffusers pipelines: what their directories say about sampling
+    "WanPipeline": wan_settings,
+    "WanImageToVideoPipeline": wan_settings,
+    "HunyuanVideo15Pipeline": hunyuan_video15_settings,
+    "HunyuanVideo15ImageToVideoPipeline": hunyuan_video15_settings,
+}
+
+
+def _component_config(directory: Path, name: str) -> dict[str, Any]:
+    path = directory / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def save(directory: str | Path, mode: str, backbone: Any, condition: Any, settings: Settings) -> None:

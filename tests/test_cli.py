@@ -121,6 +121,7 @@ def test_pose_file_and_single_output_file(model, tmp_path):
         ("train {tmp}/none.yaml", "none.yaml"),
         ("train {configs}/bidirectional.yaml optim.lrr=1", "did you mean"),
         ("demo --preset huge --output {tmp}/out", "preset must be one of tiny, gpu, got 'huge'"),
+        ("demo --backbone mochi --output {tmp}/out", "backbone must be one of wan, hunyuan_video15, got 'mochi'"),
         ("preprocess rooms {tmp}/out --size 12by12", "--size must be a number or HEIGHTxWIDTH"),
         ("preprocess rooms {tmp}/out --count 1 --prompt nonsense", "nonsense"),
         ("preprocess {tmp} {tmp}/out", "must be a folder with .mp4 files"),
@@ -232,6 +233,15 @@ def test_demo_runs_every_stage_resumes_and_repeats(toy_demo, tmp_path, monkeypat
     run(tmp_path / "moved")
     again = [line.split("] ")[1].split(" (")[0] for line in said if "done before" not in line and line.startswith("[")]
     assert again == ["causal_ode", "dmd", "videos of causal_ode", "videos of dmd", "report"]
+
+
+def test_demo_with_the_other_backbone(toy_demo, tmp_path):
+    run, _ = toy_demo
+    scores = run(tmp_path / "a", backbone="hunyuan_video15")
+    assert list(scores["models"]) == list(demo_module.MODELS)
+    for stage in demo_module.MODELS:
+        config = json.loads((tmp_path / "a" / stage / "model" / "transformer" / "config.json").read_text())
+        assert config["_class_name"] == "HunyuanVideo15Transformer3DModel" and config["num_layers"] == CONFIG["num_layers"]
 
 
 def test_demo_gives_the_same_figures_twice(toy_demo, tmp_path):

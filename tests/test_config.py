@@ -9,7 +9,7 @@ from dit_ops.training.bidirectional import BidirectionalConfig
 from dit_ops.training.config import STAGES, RunConfig, config_dict, load_config, parse_config, save_config, stage_class
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SIZES = ("rooms-tiny", "rooms-gpu", "wan-1.3b")
+SIZES = ("rooms-tiny", "rooms-gpu", "wan-1.3b", "hunyuan-video15")
 MINIMAL = {"stage": "bidirectional", "output": "out", "steps": 10, "data": {"path": "rooms"}}
 
 

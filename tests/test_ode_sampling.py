@@ -236,6 +236,38 @@ def test_resume_with_other_settings_is_an_error(workspace):
         run(workspace("ode", options={"num_steps": 4, "guidance": 2.0}), progress=False)
 
 
+def test_processes_sample_parts_and_the_last_one_joins_them(workspace, monkeypatch):
+    one, several = workspace("one"), workspace("several")
+    run(one, progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        assert not (ode_sampling.Path(several.output) / "index.jsonl").exists()
+        monkeypatch.setenv("RANK", rank)
+        run(several, progress=False)
+    a, b = trajectories(one.output), trajectories(several.output)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
+    assert LatentDataset(several.output).meta == LatentDataset(one.output).meta
+    before = (ode_sampling.Path(several.output) / "index.jsonl").stat().st_mtime_ns
+    run(several, progress=False)
+    assert (ode_sampling.Path(several.output) / "index.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="options was .* and is now"):
+        run(workspace("several", options={"num_steps": 8}), progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"parallel": {"sequence": 2}}, "parallel.sequence must be 1 and parallel.fsdp none, got 2 and none"),
+        ({"model": {"lora": {"rank": 2}}}, "model.lora trains adapters and nothing is trained here"),
+    ],
+)
+def test_what_sampling_cannot_do_is_refused(workspace, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(workspace("ode", **changes), progress=False)
+
+
 def test_steps_limit_the_samples(workspace):
     config = workspace("ode", steps=1)
     run(config, progress=False)

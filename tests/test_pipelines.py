@@ -72,8 +72,8 @@ def teacher_forced(backbone, condition, step_levels, update, pose=POSE, seed=0):
     viewmats = parse_trajectory(pose)[None]
     frames = viewmats.shape[1]
     camera = {"viewmats": viewmats, "Ks": intrinsics_matrix(*DEFAULT_INTRINSICS).expand(1, frames, 3, 3)}
-    text = condition.encode_text([PROMPT])
-    negative = condition.encode_text([""])
+    text = condition.encode_text([PROMPT])["encoder_hidden_states"]
+    negative = condition.encode_text([""])["encoder_hidden_states"]
     noise = torch.stack([Draws(seed).at(f).normal("noise", (16, 4, 6)) for f in range(frames)])[None]
     clean = torch.zeros_like(noise)
     for first in range(0, frames, 2):
@@ -307,10 +307,9 @@ def test_a_new_pipeline_class_is_found_by_name(tmp_path, causal, condition, monk
     [
         ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two experts"),
         ({"boundary_ratio": 0.9}, "two experts"),
-        ({"expand_timesteps": True}, "expand_timesteps"),
     ],
 )
-def test_wan_22_is_refused(tmp_path, change, message):
+def test_wan_22_with_two_experts_is_refused(tmp_path, change, message):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"} | change))
     with pytest.raises(ValueError, match=message):
         loading.load(tmp_path)

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from dit_ops import conditions
 from dit_ops.files import atomic_folder
 
 PIPELINES = {
@@ -156,7 +157,7 @@ def export_model(directory: Path, backbone: Any, *, stage: str, sampler: dict[st
                 index["condition"] = ["dit_ops", json.loads((condition / "condition.json").read_text())["class"]]
             elif condition is not None:
                 (folder / "condition").symlink_to(condition.resolve(strict=True), target_is_directory=True)
-                index["condition"] = ["dit_ops", "WanCondition"]
+                index["condition"] = ["dit_ops", type(conditions.load(condition)).__name__]
             index |= {key: value for key, value in sampler.items() if value is not None}
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     barrier()

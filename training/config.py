@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from dit_ops.pipelines.settings import Settings
+from dit_ops.training.lora import check_lora
 
 # a stage class has `config_class`, the dataclass of the file's `options:` section
 STAGES = {
@@ -45,11 +46,24 @@ class DataConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Adapters instead of the weights of the trained networks; branches of ours (camera, action) are trained whole."""
+
+    rank: int
+    alpha: int | None = None  # None = rank
+    targets: list[str] = field(default_factory=lambda: ["attention", "ffn"])
+
+    def __post_init__(self):
+        check_lora(self.rank, self.targets)
+
+
+@dataclass
 class ModelConfig:
     config: dict[str, Any] | None = None  # the diffusers transformer config of a generator trained from scratch
     camera: bool = True
     block_frames: int | None = None  # latent frames of a causal block; None = as the loaded model has it
     class_name: str = "WanTransformer3DModel"  # of `config`: the backbone that runs it
+    lora: LoraConfig | None = None  # None = all weights are trained
 
 
 @dataclass

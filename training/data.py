@@ -272,6 +272,12 @@ class LatentDataset:
             raise ValueError(f"{self.directory / entry['shard']} lacks {prefix + lacking[0]!r}, which index.jsonl names")
         return sample
 
+    @property
+    def intrinsics(self) -> tuple[float, ...] | None:
+        """fx/W, fy/H, cx/W, cy/H of the first frame; None in data without cameras."""
+        K = self[0].get("Ks")
+        return None if K is None else tuple(round(float(K[0, i, j]), 7) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+
     def _names(self, shard: str) -> dict[str, list[str]]:
         """Sample id -> names of its tensors. Names have no dot besides that of "condition.<name>", ids may have some."""
         if shard not in self._contents:

@@ -5,7 +5,6 @@ a mesh (data × sequence) that a stage knows nothing of. Every random number of 
 micro batch), every batch from its running number: a resumed run repeats and skips nothing, on any number of ranks.
 """
 
-import copy
 import json
 import logging
 import signal
@@ -20,15 +19,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dit_ops import ema_update_
+from dit_ops import conditions, ema_update_
 from dit_ops.draws import Draws
-from dit_ops.registry import backbone_class, load_backbone
 from dit_ops.training import checkpoint
 from dit_ops.training.config import RunConfig, config_dict, differences, save_config, stage_class
 from dit_ops.training.data import LatentDataset, collate, to_device
 from dit_ops.training.gradients import average_gradients, clip_gradients, grad_norm, reduce_in_backward
+from dit_ops.training.lora import save_lora
 from dit_ops.training.meters import Meters, peak_flops, video_tokens
 from dit_ops.training.metrics import MEASURED, MetricsLog
+from dit_ops.training.networks import add_adapters, average, load_backbones, merged
 from dit_ops.training.optim import optimizers
 from dit_ops.training.parallelize import gathered, parallelize, skeleton
 from dit_ops.training.random_state import seed_all
@@ -66,37 +66,17 @@ def run(config: RunConfig, *, resume: bool = True, progress: bool = True, valida
     KeyboardInterrupt (Ctrl-C or SIGTERM): the state was saved, the same call goes on
     """
     cls = stage_class(config.stage)
+    if hasattr(cls, "run"):
+        return cls.run(config, resume=resume, progress=progress)
     with process_group(config):
-        if hasattr(cls, "run"):
-            return cls.run(config, resume=resume, progress=progress)
         dataset = LatentDataset(config.data.path, config.data.split)
+        if config.data.condition is not None:
+            conditions.load(config.data.condition)  # what the export will link: an error now, not after the training
         backbones = load_backbones(config)
         stage = cls(config.options, backbones, to_device(dataset.negative, device_of(config)))
         engine = Engine(config, stage, dataset, Path(config.output), progress=progress, validate=validate)
         engine.train(resume=resume)
         return engine.export()
-
-
-def load_backbones(config: RunConfig) -> dict[str, nn.Module]:
-    """One fp32 model per role of config.init; a generator without one is made from config.model.config.
-
-    What will be sharded stays in host memory: the device never holds a whole model.
-    """
-    model, device = config.model, device_of(config) if config.parallel.fsdp == "none" else torch.device("cpu")
-    backbones: dict[str, Any] = {role: load_backbone(path, dtype=torch.float32) for role, path in config.init.items()}
-    if "generator" not in backbones:
-        if model.config is None:
-            raise ValueError("the generator has no weights to start from: give init.generator or model.config")
-        torch.manual_seed(config.seed)
-        backbones["generator"] = backbone_class(model.class_name).from_config(model.config)
-    if model.block_frames is not None:
-        backbones["generator"].block_frames = model.block_frames
-    for backbone in backbones.values():
-        if model.camera:
-            backbone.add_camera()
-        backbone.gradient_checkpointing = config.activation_checkpointing
-        backbone.to(device)
-    return backbones
 
 
 SHOWN = [f"{MEASURED}{name}" for name in ("step_seconds", "tokens_per_second", "mfu", "peak_memory_gb")]
@@ -129,6 +109,8 @@ class Engine:
         for role in config.optim.roles:
             if role not in trained:
                 raise ValueError(f"optim.roles.{role}: this stage trains the roles {sorted(trained)}")
+        add_adapters({role: stage.roles[role] for role in trained}, config)
+        self.frozen = {role: {n for n, p in stage.roles[role].named_parameters() if not p.requires_grad} for role in trained}
         self.ema = self._make_ema(trained)
         self._plain = skeleton(stage.roles["generator"]) if config.parallel.fsdp != "none" else None
         self.meters = Meters(self.device, config.peak_flops or peak_flops(self.device, config.precision))
@@ -158,8 +140,7 @@ class Engine:
         unknown = set(self.config.ema.roles) - trained
         if unknown:
             raise ValueError(f"ema.roles: this stage trains the roles {sorted(trained)}, got {sorted(unknown)}")
-        average = lambda role: copy.deepcopy(self.stage.roles[role]).requires_grad_(False).eval()
-        ema = {role: average(role) for role in self.config.ema.roles}
+        ema = {role: average(self.stage.roles[role], self.config) for role in self.config.ema.roles}
         if needed:
             self.stage.ema = ema
         return ema
@@ -249,7 +230,9 @@ class Engine:
 
     def _update_ema(self, role: str) -> None:
         shadow, source = self.ema[role], self.stage.roles[role]
-        ema_update_(list(shadow.parameters()), [p.detach() for p in source.parameters()], self.config.ema.at(self.step))
+        pairs = zip(shadow.parameters(), source.parameters(), strict=True)
+        shadows, sources = zip(*((to, p.detach()) for to, p in pairs if p.requires_grad), strict=True)
+        ema_update_(list(shadows), list(sources), self.config.ema.at(self.step))
         for to, value in zip(shadow.buffers(), source.buffers(), strict=True):
             to.copy_(value)
 
@@ -295,32 +278,37 @@ class Engine:
     def export(self) -> Path:
         """<output>/model: the trained generator, the condition side of the data set, and the sampler that fits both.
 
-        Collective; a sharded generator is gathered in rank 0's host memory.
+        With model.lora <output>/lora, too: the adapters, which are merged into the model. Collective; a sharded generator is
+        gathered in rank 0's host memory.
         """
         config, dataset = self.config, self.dataset
         stage = {key: getattr(config.options, key, None) for key in ("shift", "denoising_steps")}
-        entry, K = dataset.entries[0], dataset[0]["Ks"][0]
-        video = {key: entry.get(key) for key in ("frames", "height", "width", "fps")}
-        intrinsics = {"intrinsics": [round(float(K[i, j]), 7) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2))]}
+        video = {key: dataset.entries[0].get(key) for key in ("frames", "height", "width", "fps")}
         given = Path(config.data.condition) if config.data.condition else None
-        model = self.exported_model()
+        model: Any = self.exported_model()
+        if self._plain is not None:
+            model = gathered(model, self._plain)
+        if config.model.lora is not None and checkpoint.is_writer():
+            save_lora(model, self.output / "lora")
+            model = merged(model)
         return checkpoint.export_model(
             self.output / "model",
-            gathered(model, self._plain) if self._plain is not None else model,
+            model,
             stage=config.stage,
-            sampler=stage | video | intrinsics | config.sampler,
+            sampler=stage | video | {"intrinsics": dataset.intrinsics} | config.sampler,
             condition=dataset.condition_directory or given,
         )
 
     def state(self) -> dict[str, Any]:
-        """The live tensors of the run: saved as they are, filled in place on a resume."""
+        """The live tensors of the run: saved as they are, filled in place on a resume. What LoRA freezes is not of the run."""
+        of_run = lambda role, module: {k: v for k, v in module.state_dict().items() if k not in self.frozen[role]}
         return {
-            "model": {role: self.stage.roles[role].state_dict() for role in self.parameters},
+            "model": {role: of_run(role, self.stage.roles[role]) for role in self.parameters},
             "optimizer": {
                 role: {name: dict(o.state[p]) for name, p in values.items() for o in self.optimizers[role] if p in o.state}
                 for role, values in self.parameters.items()
             },
-            "ema": {role: module.state_dict() for role, module in self.ema.items()},
+            "ema": {role: of_run(role, module) for role, module in self.ema.items()},
         }
 
     def _save(self) -> None:
@@ -364,7 +352,8 @@ class Engine:
     def _load(self, path: Path) -> None:
         meta = checkpoint.load_meta(path)
         changed = differences(meta["config"], json.loads(json.dumps(config_dict(self.config))))
-        other = [text for key, text in changed.items() if key == "stage" or key.startswith("model.")]
+        fixed = ("stage", "model") if self.config.model.lora is None else ("stage", "model", "init")
+        other = [text for key, text in changed.items() if key.split(".")[0] in fixed]
         if other:
             raise ValueError(f"{path} belongs to another run: {', '.join(other)}")
         if changed.keys() - {"steps"}:

@@ -59,8 +59,9 @@ def join(parts: list[Path], directory: Path) -> None:
     with atomic_folder(directory) as folder:
         for number, shard in enumerate(shards):
             _link(shard, folder / f"shard-{number:05d}.safetensors")
-        for name in ("dataset.json", "negative.safetensors"):
-            _link(parts[0] / name, folder / name)
+        for name in ("dataset.json", "negative.safetensors", "config.yaml"):
+            if (parts[0] / name).is_file():
+                _link(parts[0] / name, folder / name)
         if (parts[0] / "condition").is_dir():
             shutil.copytree(parts[0] / "condition", folder / "condition")
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in sorted(entries, key=lambda e: e["id"]))

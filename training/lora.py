@@ -28,17 +28,20 @@ def add_lora(backbone: Any, rank: int, alpha: int | None = None, targets: Sequen
     """
     from peft import LoraConfig
 
-    if rank < 1:
-        raise ValueError(f"lora: rank must be at least 1, got {rank}")
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown or not targets:
-        raise ValueError(f"lora: targets must be some of {', '.join(TARGETS)}, got {list(targets)}")
+    check_lora(rank, targets)
     if has_lora(backbone):
         raise ValueError("lora: this backbone has adapters: merge them first")
     names = "|".join(name.replace(".", r"\.") for target in targets for name in TARGETS[target])
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=rf"(transformer_)?blocks\.\d+\.(.+\.)?({names})")
     backbone.transformer.add_adapter(config, ADAPTER)
     set_trainable(backbone, True)
+
+
+def check_lora(rank: int, targets: Sequence[str]) -> None:
+    if rank < 1:
+        raise ValueError(f"lora: rank must be at least 1, got {rank}")
+    if not targets or any(target not in TARGETS for target in targets):
+        raise ValueError(f"lora: targets must be some of {', '.join(TARGETS)}, got {list(targets)}")
 
 
 def has_lora(backbone: Any) -> bool:

@@ -5,6 +5,7 @@ keys and values do not depend on the noise level, so they are computed once per 
 `[clean | noisy]` at every step: half the cost, the same numbers.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dit_ops.training.config import RunConfig, load_config, save_config
 from dit_ops.training.data import DatasetWriter, LatentDataset, collate, to_device
 from dit_ops.training.engine import device_of, load_backbones
 from dit_ops.training.guidance import twice
+from dit_ops.training.join import join_parts, parts_folder
 from dit_ops.training.roles import take_roles
 
 
@@ -47,33 +49,49 @@ class ODESampling:
 
     @staticmethod
     def run(config: RunConfig, *, resume: bool = True, progress: bool = True) -> Path:
-        """Writes config.output, a data set with trajectories, from the samples of config.data; goes on where it was stopped."""
+        """Writes config.output, a data set with trajectories, from the samples of config.data; goes on where it was stopped.
+
+        Under torchrun each process samples every n-th of them on its own device, and the last one to finish joins the parts.
+        """
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         output, device = Path(config.output), device_of(config)
+        if config.model.lora is not None:
+            raise ValueError("ode_sampling: model.lora trains adapters and nothing is trained here, leave it out")
+        if config.parallel.sequence != 1 or config.parallel.fsdp != "none":
+            raise ValueError(
+                "ode_sampling: every process has samples and a model of its own, so parallel.sequence must be 1 and "
+                f"parallel.fsdp none, got {config.parallel.sequence} and {config.parallel.fsdp}"
+            )
         dataset = LatentDataset(config.data.path, config.data.split)
-        wanted = dataset.entries[: config.steps * config.data.batch_size]
+        wanted = dataset.entries[: config.steps * config.data.batch_size][rank::ranks]
         generator = take_roles("ode_sampling", load_backbones(config), trained=(), frozen=("generator",))["generator"].eval()
         if resume:
             _check_same_run(output, config)
+        if ranks > 1 and resume and (output / "index.jsonl").is_file():
+            return output  # the parts were joined before
+        part = output if ranks == 1 else parts_folder(output) / f"{rank:05d}-of-{ranks:05d}"
         writer = DatasetWriter(
-            output,
+            part,
             fps=dataset.meta["fps"],
             negative=dataset.negative,
             condition=dataset.meta["condition"],
             mode="resume" if resume else "create",
         )
         with writer, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            save_config(config, output / "config.yaml")
+            save_config(config, part / "config.yaml")
             if dataset.condition_directory is not None:
-                shutil.copytree(dataset.condition_directory, output / "condition", dirs_exist_ok=True)
-            todo = [i for i, entry in enumerate(wanted) if entry["id"] not in writer.done]
-            done = len(wanted) - len(todo)
-            with tqdm(total=len(wanted), initial=done, desc=config.stage, unit="sample", disable=not progress) as bar:
+                shutil.copytree(dataset.condition_directory, part / "condition", dirs_exist_ok=True)
+            todo = [i * ranks + rank for i, entry in enumerate(wanted) if entry["id"] not in writer.done]
+            done, shown = len(wanted) - len(todo), progress and rank == 0
+            with tqdm(total=len(wanted), initial=done, desc=config.stage, unit="sample", disable=not shown) as bar:
                 try:
                     for indices in _batches(dataset, todo, config.data.batch_size):
                         _sample_batch(generator, dataset, indices, config, device, writer)
                         bar.update(len(indices))
                 finally:
                     writer.flush()  # finished samples survive Ctrl-C
+        if ranks > 1:
+            join_parts(output, ranks)
         return output
 
 

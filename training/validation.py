@@ -25,11 +25,9 @@ def validation_videos(config: RunConfig) -> Callable[[nn.Module, int, Path], dic
     if directory is None:
         raise ValueError("validate.every needs a condition to decode with: the data set holds none, give data.condition")
     condition = conditions.load(directory).to(device_of(config))
-    entry, K = dataset.entries[0], dataset[0]["Ks"][0]
     options = {key: getattr(config.options, key, None) for key in ("shift", "denoising_steps")}
-    video = {key: entry.get(key) for key in ("frames", "height", "width", "fps")}
-    intrinsics = (float(K[0, 0]), float(K[1, 1]), float(K[0, 2]), float(K[1, 2]))
-    settings = Settings().override({**options, **video, "intrinsics": intrinsics, **config.sampler})
+    video = {key: dataset.entries[0].get(key) for key in ("frames", "height", "width", "fps")}
+    settings = Settings().override({**options, **video, "intrinsics": dataset.intrinsics, **config.sampler})
     seed, prompts, poses = config.validate.seed, config.validate.prompts, config.validate.poses
     items = [Item(prompt, pose, seed + i) for i, (prompt, pose) in enumerate(zip(prompts, poses, strict=True))]
 

@@ -1,0 +1,1 @@
+"""A local web page that steers a streaming model with the keyboard."""
