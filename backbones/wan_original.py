@@ -1,6 +1,7 @@
-"""Original Wan 2.1 key names (and minWM's `model.pt`) → diffusers names."""
+"""Original Wan 2.1 key names (and minWM's `model.pt`) ↔ diffusers names."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +34,30 @@ RENAMES = [  # (pattern, replacement), first match wins
     (r"(blocks\.\d+)\.cross_attn\.([qkv])\.", r"\1.attn2.to_\2."),
     (r"(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
 ]
+# (pattern of a diffusers name, original name): the inverse of RENAMES
+ORIGINAL: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"condition_embedder\.time_embedder\.linear_([12])\.", lambda m: f"time_embedding.{2 * int(m[1]) - 2}."),
+    (r"condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"condition_embedder\.text_embedder\.linear_([12])\.", lambda m: f"text_embedding.{2 * int(m[1]) - 2}."),
+    (r"condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    (r"condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    (r"proj_out\.", "head.head."),
+    (r"scale_shift_table$", "head.modulation"),
+    (r"(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+    (r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
+    (r"(blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
+    (r"(blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
+    (r"(blocks\.\d+)\.attn1\.to_out\.0\.", r"\1.self_attn.o."),
+    (r"(blocks\.\d+)\.attn1\.to_([qkv])\.", r"\1.self_attn.\2."),
+    (r"(blocks\.\d+)\.attn1\.", r"\1.self_attn."),
+    (r"(blocks\.\d+)\.attn2\.to_out\.0\.", r"\1.cross_attn.o."),
+    (r"(blocks\.\d+)\.attn2\.to_([qkv])\.", r"\1.cross_attn.\2."),
+    (r"(blocks\.\d+)\.attn2\.add_([kv])_proj\.", r"\1.cross_attn.\2_img."),
+    (r"(blocks\.\d+)\.attn2\.norm_added_k\.", r"\1.cross_attn.norm_k_img."),
+    (r"(blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
+]
 IMAGE_DIM = 1280  # CLIP ViT-H tokens of Wan 2.1 I2V
 
 
@@ -49,6 +74,27 @@ def to_diffusers(
         else:
             state[name] = tensor
     return diffusers_config(config), state, camera
+
+
+def to_original(state: dict[str, Tensor], branches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The inverse: the transformer's state dict and that of the camera branch under the original names."""
+    out = {original(name): tensor for name, tensor in state.items()}
+    for name, tensor in branches.get("camera", {}).items():
+        layer, _, rest = name.partition(".")
+        out[f"blocks.{layer}.self_attn.prope_o.{rest}"] = tensor
+    return out
+
+
+def original(name: str) -> str:
+    """The original Wan name of a diffusers name. ValueError: it has none."""
+    candidate = name
+    for pattern, replacement in ORIGINAL:
+        if re.match(pattern, name):
+            candidate = re.sub(pattern, replacement, name, count=1)
+            break
+    if rename(candidate) != name:
+        raise ValueError(f"{name!r} has no name in the original Wan layout")
+    return candidate
 
 
 def rename(name: str) -> str:

@@ -1,43 +1,17 @@
 """Checkpoints from one layout to another: original, diffusers (ours), training checkpoints, minWM's model.pt."""
 
+import importlib
 import json
-import re
 import tempfile
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_ops.backbones.wan_original import rename
 from dit_ops.files import atomic_path, read_weights
 from dit_ops.registry import BACKBONES, backbone_class, load_backbone
 from dit_ops.training.lora import add_lora, merge_lora
-
-# (pattern of a diffusers name, original name): the inverse of wan_original.RENAMES
-ORIGINAL: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"condition_embedder\.time_embedder\.linear_([12])\.", lambda m: f"time_embedding.{2 * int(m[1]) - 2}."),
-    (r"condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"condition_embedder\.text_embedder\.linear_([12])\.", lambda m: f"text_embedding.{2 * int(m[1]) - 2}."),
-    (r"condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
-    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
-    (r"condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
-    (r"condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
-    (r"proj_out\.", "head.head."),
-    (r"scale_shift_table$", "head.modulation"),
-    (r"(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    (r"(blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
-    (r"(blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
-    (r"(blocks\.\d+)\.attn1\.to_out\.0\.", r"\1.self_attn.o."),
-    (r"(blocks\.\d+)\.attn1\.to_([qkv])\.", r"\1.self_attn.\2."),
-    (r"(blocks\.\d+)\.attn1\.", r"\1.self_attn."),
-    (r"(blocks\.\d+)\.attn2\.to_out\.0\.", r"\1.cross_attn.o."),
-    (r"(blocks\.\d+)\.attn2\.to_([qkv])\.", r"\1.cross_attn.\2."),
-    (r"(blocks\.\d+)\.attn2\.add_([kv])_proj\.", r"\1.cross_attn.\2_img."),
-    (r"(blocks\.\d+)\.attn2\.norm_added_k\.", r"\1.cross_attn.norm_k_img."),
-    (r"(blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
-]
 
 
 def from_original(weights: Path, config_file: Path, **options: Any) -> Any:
@@ -106,26 +80,13 @@ def _empty(config: dict[str, Any], role: str, checkpoint: Path) -> Any:
 
 
 def to_minwm(backbone: Any, path: Path) -> None:
-    """Writes minWM's model.pt of a Wan backbone: {"generator": {"model.<original name>": tensor}}, camera branch included."""
-    if type(backbone).__name__ != "WanBackbone":
-        raise ValueError(
-            f"model.pt can be written of {BACKBONES['WanTransformer3DModel'][1]} only, got {type(backbone).__name__}"
-        )
-    state = {f"model.{original(name)}": value for name, value in backbone.transformer.state_dict().items()}
-    for name, value in (backbone.camera.state_dict() if backbone.camera is not None else {}).items():
-        layer, _, rest = name.partition(".")
-        state[f"model.blocks.{layer}.self_attn.prope_o.{rest}"] = value
+    """Writes minWM's model.pt of a backbone: {"generator": {"model.<original name>": tensor}}, our branches included."""
+    module = f"{type(backbone).__module__}_original"
+    if find_spec(module) is None:
+        known = ", ".join(name for _, name in BACKBONES.values())
+        raise ValueError(f"model.pt can be written of {known}, got {type(backbone).__name__}")
+    branches = {name: getattr(backbone, name).state_dict() for name in backbone.branches if getattr(backbone, name) is not None}
+    state = importlib.import_module(module).to_original(backbone.transformer.state_dict(), branches)
+    tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_path(path) as temporary:
-        torch.save({"generator": {name: value.detach().cpu().contiguous() for name, value in state.items()}}, temporary)
-
-
-def original(name: str) -> str:
-    """The original Wan name of a diffusers name. ValueError: it has none."""
-    candidate = name
-    for pattern, replacement in ORIGINAL:
-        if re.match(pattern, name):
-            candidate = re.sub(pattern, replacement, name, count=1)
-            break
-    if rename(candidate) != name:
-        raise ValueError(f"{name!r} has no name in the original Wan layout")
-    return candidate
+        torch.save({"generator": tensors}, temporary)

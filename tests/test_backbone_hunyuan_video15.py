@@ -14,6 +14,7 @@ from toy_hunyuan_video15 import CONDITIONED, TINY, close, conditions, tiny, vide
 from dit_ops import use_backend
 from dit_ops.backbones.hunyuan_video15 import HunyuanVideo15Backbone
 from dit_ops.backbones.hunyuan_video15_original import to_original
+from dit_ops.convert import to_minwm
 from dit_ops.registry import load_backbone
 from dit_ops.testing import assert_within_rounding
 
@@ -257,6 +258,17 @@ def test_tencents_files_have_no_camera_branch_and_minwms_may_have_an_action_bran
     branches = {"camera": model.camera.state_dict(), "action": model.action.state_dict()}
     back = to_original(model.transformer.state_dict(), branches)
     assert back.keys() == weights.keys() and all(torch.equal(back[k], v) for k, v in weights.items())
+
+
+def test_model_pt_and_back(golden, tmp_path):
+    """`dit-ops convert` to minWM's file and back: the same bits, our branches too."""
+    model = golden_model(golden)
+    model.add_action()
+    to_minwm(model, tmp_path / "model.pt")
+    again = HunyuanVideo15Backbone.from_original(tmp_path / "model.pt", golden[0], block_frames=4)
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert model.camera is not None and again.action is not None
 
 
 def test_original_files_are_strict(golden):

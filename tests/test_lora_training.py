@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from test_conditions import wan_directory  # noqa: F401 - a fixture
 from toy_backbones import NEGATIVE, tiny_batch
+from toy_hunyuan_video15 import TINY
 from toy_ranks import wan_engine, whole_state
 from toy_stage import MODEL, run_config, weights, write_dataset
 
@@ -124,6 +125,14 @@ def test_adapters_do_not_go_on_over_another_base(whole, data, tmp_path):
 def test_a_wrong_section_is_explained(lora, message):
     with pytest.raises(ValueError, match=message):
         run_config("data", "out", model={"lora": lora})
+
+
+def test_options_of_the_backbones_are_set_or_refused(data, tmp_path):
+    config = run_config(data, tmp_path, model={"config": MODEL, "options": {"text_timestep": 0}})
+    with pytest.raises(ValueError, match=r"model\.options: WanBackbone has the options \[\], got 'text_timestep'"):
+        load_backbones(config)
+    hunyuan = {"class_name": "HunyuanVideo15Transformer3DModel", "config": TINY, "options": {"text_timestep": 0}}
+    assert load_backbones(run_config(data, tmp_path, model=hunyuan))["generator"].text_timestep == 0
 
 
 def test_data_without_cameras(tmp_path):

@@ -64,6 +64,7 @@ class ModelConfig:
     block_frames: int | None = None  # latent frames of a causal block; None = as the loaded model has it
     class_name: str = "WanTransformer3DModel"  # of `config`: the backbone that runs it
     lora: LoraConfig | None = None  # None = all weights are trained
+    options: dict[str, Any] = field(default_factory=dict)  # of the backbones, such as text_timestep of HunyuanVideo15Backbone
 
 
 @dataclass

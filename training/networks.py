@@ -31,6 +31,11 @@ def load_backbones(config: "RunConfig") -> dict[str, nn.Module]:
     for backbone in backbones.values():
         if model.camera:
             backbone.add_camera()
+        for name, value in model.options.items():
+            if name not in backbone.options or name == "block_frames":
+                known = [option for option in backbone.options if option != "block_frames"]
+                raise ValueError(f"model.options: {type(backbone).__name__} has the options {known}, got {name!r}")
+            setattr(backbone, name, value)
         backbone.gradient_checkpointing = config.activation_checkpointing
         backbone.to(device)
     return backbones
