@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "weights", type=Path, help="file with original names (Wan, HunyuanVideo, minWM), training checkpoint, or model folder"
     )
-    p.add_argument("output", type=Path, help="transformer folder to write, or with the suffix .pt minWM's model.pt (Wan)")
+    p.add_argument("output", type=Path, help="transformer folder to write, or with the suffix .pt minWM's model.pt")
     p.add_argument("--config", type=Path, help="the original config.json, for a file with original names")
     p.add_argument("--role", default="generator", help="training checkpoint: which network (default: %(default)s)")
     p.add_argument("--lora", type=Path, help="LoRA weights to merge: a file, or its folder")

@@ -76,7 +76,9 @@ def test_the_play_command_serves_a_page_until_ctrl_c(model):
     words = COMMANDS[0][1:]
     assert parser().parse_args(words).prompt.startswith("a red room")
     command = [sys.executable, "-m", "dit_ops", *words, "--port", "0", "--sink-frames", "1"]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore it
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         line = next(line for line in process.stderr if line.startswith("open "))
         assert re.fullmatch(r"open http://127\.0\.0\.1:\d+/\n", line)

@@ -153,6 +153,8 @@ def test_a_large_condition_side_is_linked(tmp_path):
     dataset = write_dataset(tmp_path / "data")
     published = tmp_path / "Wan2.1-T2V-1.3B-Diffusers"
     published.mkdir()
+    index = {"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}
+    (published / "model_index.json").write_text(json.dumps(index))
     data = {"path": str(dataset), "condition": str(published)}
     model = run(run_config(dataset, tmp_path / "run", steps=1, data=data), progress=False)
     assert (model / "condition").is_symlink() and (model / "condition").resolve() == published
