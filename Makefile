@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH   = requirements/torch.txt
 BIN     = $(VENV)/bin
+PARALLEL ?= -n 2 --dist loadfile # two test processes of one thread each
 
 demo: $(VENV)/built
 	$(BIN)/dit-ops demo
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	$(BIN)/python -m pytest $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/triton
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ class Code:
 
 
 def original(state: dict) -> dict:
-    from dit_ops.convert import original as name
+    from dit_ops.backbones.wan_original import original as name
 
     return {f"model.{name(key)}": value for key, value in state.items()}
 
