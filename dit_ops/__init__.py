@@ -1,5 +1,9 @@
 """Fused operators for video diffusion transformers, with autograd, torch.compile and a plain-PyTorch reference."""
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 from dit_ops._library import BACKENDS, explain, use_backend
 from dit_ops.fuse import fuse, unfuse
 from dit_ops.ops.adaln import adaln
@@ -34,3 +38,16 @@ __all__ = [
     "unfuse",
     "use_backend",
 ]
+
+
+def _lazily(module: str, function: str) -> Callable[..., Any]:
+    def load(directory: Any, *args: Any, **options: Any) -> Any:
+        return getattr(import_module(module), function)(directory, *args, **options)
+
+    load.__doc__ = f"{module}.{function}, imported when it is called."
+    return load
+
+
+# dit_ops.backbones.load(dir) and dit_ops.pipelines.load(dir): the folders have no __init__.py that could hold them
+vars(import_module("dit_ops.backbones"))["load"] = _lazily("dit_ops.registry", "load_backbone")
+vars(import_module("dit_ops.pipelines"))["load"] = _lazily("dit_ops.pipelines.loading", "load")

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 
+import dit_ops
 from dit_ops.registry import BACKBONES, RECIPE, backbone_class, load_backbone
 
 TINY = {
@@ -39,6 +40,16 @@ def test_every_backbone_loads_what_diffusers_saved(name, tmp_path):
         assert all(
             torch.equal(v.bfloat16(), model.transformer.state_dict()[k].bfloat16()) for k, v in stock.state_dict().items()
         )
+
+
+def test_the_folders_have_a_load_of_their_own(tmp_path):
+    """dit_ops.backbones.load(dir) and dit_ops.pipelines.load(dir), which import a model only when called."""
+    diffusers.WanTransformer3DModel(**TINY["WanTransformer3DModel"]).save_pretrained(tmp_path)
+    assert type(dit_ops.backbones.load(tmp_path)) is backbone_class("WanTransformer3DModel")
+    with pytest.raises(FileNotFoundError, match="a model directory must hold model_index.json"):
+        dit_ops.pipelines.load(tmp_path)
+    code = "import sys, dit_ops; dit_ops.pipelines.load; sys.exit('dit_ops.pipelines.loading' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
 def test_what_is_not_found_is_named(tmp_path):
