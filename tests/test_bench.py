@@ -110,6 +110,16 @@ def test_page_shows_the_last_record_the_ratios_and_what_falls_short():
     assert "No results are committed yet." in table.page({}, {})
 
 
+def test_page_shows_operations_and_memory():
+    about = {"device": "GPU 1", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-02"}
+    attention = result("dense", 10.0, 0.1, **KEY | {"op": "attention", "TFLOP/s": 600.5, "of_matmul": 0.75})
+    cache = {"op": "cache", "shape": "a model", "dtype": "bfloat16", "pass": "memory", "backend": "keys", "bytes": 3 << 30}
+    page = table.page({"gpu-1": table.load([json.dumps(r) for r in (attention, cache | about)])}, {})
+    assert "| GB/s | of copy | TFLOP/s | of product | faster |" in page
+    assert "| dense | 10.0 | 1.0 | 2000.0 | 10% | 600.5 | 75% |  |" in page
+    assert "| a model, bfloat16 | keys | 3.00 |" in page
+
+
 GOAL_ROWS = {  # goal -> op, pass, shape, peers that it is compared with and by how much it has to be faster
     "a1": ("qk_norm_rope", "forward", "full", {"torch.compile": 1.1, "reference": 10}),
     "a2": ("qk_norm_rope_prope", "forward", "full", {"torch.compile": 2}),

@@ -151,20 +151,25 @@ def device_section(name: str, records: list[dict], plot: str | None) -> str:
     if "cpu" in {r["backend"] for r in rows if "us" in r}:
         lines += ["", "On a CPU, caches are not flushed: where a shape fits in them, the share can pass 1."]
     for op in dict.fromkeys(r["op"] for r in rows):
-        lines += [
-            "",
-            f"### {op}",
-            "",
-            "| shape | pass | backend | µs | ± | GB/s | of copy | faster |",
-            "| --- | --- | --- | --: | --: | --: | --: | --- |",
-        ]
-        lines += table_rows([r for r in rows if r["op"] == op])
+        of_op = [r for r in rows if r["op"] == op]
+        lines += ["", f"### {op}", "", *(table_rows(of_op) if op != "cache" else memory_rows(of_op))]
     lines += ["", *goals(rows), *refusals(rows)]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def memory_rows(rows: list[dict]) -> list[str]:
+    """Bytes of a full cache of keys and values."""
+    lines = ["| shape, dtype | holds | GiB |", "| --- | --- | --: |"]
+    return lines + [f"| {r['shape']}, {r['dtype']} | {r['backend']} | {r['bytes'] / 2**30:.2f} |" for r in rows]
+
+
 def table_rows(rows: list[dict]) -> list[str]:
-    lines = []
+    """An op that computes more than it moves has the rate of its useful operations too."""
+    computes = any("TFLOP/s" in r for r in rows)
+    lines = [
+        f"| shape | pass | backend | µs | ± | GB/s | of copy |{' TFLOP/s | of product |' if computes else ''} faster |",
+        f"| --- | --- | --- | --: | --: | --: | --: |{' --: | --: |' if computes else ''} --- |",
+    ]
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
         groups.setdefault((r["shape"], r["dtype"], r["pass"]), []).append(r)
@@ -174,8 +179,9 @@ def table_rows(rows: list[dict]) -> list[str]:
         for i, r in enumerate(timed):
             head = f"{shape}, {dtype} | {pass_}" if i == 0 else " | "
             faster = ", ".join(f"{us / r['us']:.2f}× {b}" for b, us in others.items()) if r["backend"] in OURS else ""
+            rates = f" {r.get('TFLOP/s', '')} | {r.get('of_matmul', 0):.0%} |" if computes else ""
             lines.append(
-                f"| {head} | {r['backend']} | {r['us']} | {r['iqr_us']} | {r['GB/s']} | {r['of_copy']:.0%} | {faster} |"
+                f"| {head} | {r['backend']} | {r['us']} | {r['iqr_us']} | {r['GB/s']} | {r['of_copy']:.0%} |{rates} {faster} |"
             )
     return lines
 
