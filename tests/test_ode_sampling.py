@@ -252,6 +252,7 @@ def test_processes_sample_parts_and_the_last_one_joins_them(workspace, monkeypat
     before = (ode_sampling.Path(several.output) / "index.jsonl").stat().st_mtime_ns
     run(several, progress=False)
     assert (ode_sampling.Path(several.output) / "index.jsonl").stat().st_mtime_ns == before
+    assert not ode_sampling.parts_folder(ode_sampling.Path(several.output)).exists()  # nothing was sampled again
     with pytest.raises(ValueError, match="options was .* and is now"):
         run(workspace("several", options={"num_steps": 8}), progress=False)
 
