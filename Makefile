@@ -25,18 +25,24 @@ GPU_TESTS  = $(sort tests/test_library.py $(shell grep -l 'mark\.gpu' tests/test
 SANITIZER  = $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer) compute-sanitizer)
 SANITIZE   = $(SANITIZER) --error-exitcode 1
 LAST       = ema_update attention
-BENCHES    = machine $(filter-out machine $(LAST),$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py))) $(LAST)
+BENCHES    = machine $(filter-out machine generate $(LAST),$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py))) $(LAST)
 GPU_BENCH ?= --shapes 4 --repeats 30
-BENCH_SECONDS ?= 190
+GPU_SECONDS ?= 535
+ifndef GPU_END # the benches of the operators have what the other steps leave of GPU_SECONDS, from the start of make on
+export GPU_END := $(shell expr $$(date +%s) + $(GPU_SECONDS))
+endif
 
 gpu: gpu-build
-	$(MAKE) -k gpu-test gpu-sanitize gpu-bench
+	$(MAKE) -k gpu-test gpu-generate gpu-sanitize gpu-bench
 
 gpu-build:
 	timeout 80 $(PYTHON) setup.py -q build_ext --inplace
 
 gpu-test:
 	timeout 110 env $(GPU_PYTHON) -m pytest --continue-on-collection-errors $(GPU_TESTS)
+
+gpu-generate:
+	timeout 100 env $(GPU_PYTHON) -m dit_ops bench generate --device cuda --seconds 60
 
 # the first run compiles the Triton kernels of these shapes, the second finds them in the cache
 gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
@@ -46,8 +52,8 @@ gpu-sanitize:
 
 # a line is in the result file as soon as it is measured: the limit costs only what comes after it
 gpu-bench:
-	end=$$(($$(date +%s) + $(BENCH_SECONDS))); status=0; for op in $(BENCHES); do \
-	    left=$$((end - $$(date +%s))); test $$left -gt 5 || { echo "no time left for $$op"; status=1; continue; }; \
+	status=0; for op in $(BENCHES); do \
+	    left=$$(($(GPU_END) - $$(date +%s))); test $$left -gt 5 || { echo "no time left for $$op"; status=1; continue; }; \
 	    timeout $$left env $(GPU_PYTHON) -m dit_ops bench $$op --device cuda $(GPU_BENCH) || { echo "bench $$op failed"; status=1; }; \
 	done; $(GPU_PYTHON) tools/performance_table.py && exit $$status
 
@@ -77,4 +83,4 @@ $(VENV)/dev: $(VENV)/built
 	DIT_OPS_BUILD=none $(BIN)/python -m pip install -q --no-build-isolation -c $(TORCH) -e ".[dev]"
 	touch $@
 
-.PHONY: demo test lint bench build clean gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test lint bench build clean gpu gpu-build gpu-test gpu-generate gpu-sanitize gpu-bench

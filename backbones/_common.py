@@ -12,7 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from dit_ops.cache import KVCache
+from dit_ops.camera import projective_cameras
 from dit_ops.files import atomic_path, read_safetensors, read_weights
+from dit_ops.parallel import SequenceParallel
+from dit_ops.rope import Rope3D
 
 ADDITIONS = "dit_ops.json"  # what diffusers' config.json has no place for
 
@@ -29,6 +33,11 @@ class DiffusersBackbone(nn.Module):
     branches: tuple[str, ...] = ("camera",)
     options: tuple[str, ...] = ("block_frames",)
     transformer: Any
+    camera: nn.ModuleList | None
+    rope: Rope3D
+    _flow: Callable[..., Tensor]  # the model, with RoPE tables whose row start_frame is the first frame's
+    offloaded: bool = False  # the blocks' weights are in host memory between their calls
+    sequence_parallel: SequenceParallel | None = None
 
     @classmethod
     def from_config(cls, config: dict, **options: Any) -> Self:
@@ -115,12 +124,99 @@ class DiffusersBackbone(nn.Module):
         return self.transformer.config
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's blocks, each with one layer of attention between frames."""
+        raise NotImplementedError
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Latents per token, (height, width)."""
+        raise NotImplementedError
+
+    @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
     @property
     def latent_channels(self) -> int:
         return self.config.out_channels
+
+    @property
+    def takes_condition_latents(self) -> bool:
+        """Known frames may be given beside the noisy ones, in channels of their own."""
+        return self.config.in_channels > self.latent_channels
+
+    def announce(
+        self,
+        cache: KVCache,
+        start_frame: int,
+        frames: int,
+        height: int,
+        width: int,
+        *,
+        viewmats: Tensor | None = None,
+        Ks: Tensor | None = None,
+    ) -> None:
+        """Prepares `predict` of latents [B, frames, Cz, height, width]: the next chunk of a stream, or the last one again.
+
+        viewmats [B, frames, 4, 4] and Ks [B, frames, 3, 3], where the model has a camera branch. All that differs from chunk to
+        chunk, besides what `predict` is given, is in host integers and small tables of the cache, which are set here.
+        """
+        _check_cameras(viewmats, Ks, [*(() if viewmats is None else viewmats.shape[:1]), frames, 4, 4], self.camera is not None)
+        H, W = token_grid(height, width, self.patch)
+        P_inv = None if viewmats is None or Ks is None or cache.rotated else projective_cameras(viewmats, Ks)[1]
+        cache.begin(start_frame, frames, H * W, rope=self.rope, size=(H, W), P_inv=P_inv, device=self.device)
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        cache: KVCache,
+        keys_only: bool = False,
+        **given: Any,
+    ) -> Tensor:
+        """`forward` of the announced chunk, with its other arguments, up to `cache.commit()`.
+
+        keys_only: latents are clean, and only their keys and values are wanted in the cache; returns an empty tensor.
+        All of it is work of the device at addresses that depend on `cache.phase` alone, so that a CUDA graph may hold it; but
+        the first call with a text also stores the text's keys, and may wait for its length.
+        """
+        _check_keys_only(keys_only, cache)
+        _check_video(latents, None, given.get("viewmats"), given.get("Ks"), cache, self.camera is not None)
+        rope = cache.announced(latents.shape[1])
+        return self._flow(latents, timestep, encoder_hidden_states, rope=rope, cache=cache, keys_only=keys_only, **given)
+
+    def _run(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        clean_latents: Tensor | None,
+        clean_timestep: Tensor | None,
+        viewmats: Tensor | None,
+        Ks: Tensor | None,
+        cache: KVCache | None,
+        start_frame: int,
+        keys_only: bool,
+        **given: Any,
+    ) -> Tensor:
+        """What every `forward` does with its arguments."""
+        _check_keys_only(keys_only, cache)
+        _check_video(latents, clean_latents, viewmats, Ks, cache, self.camera is not None)
+        _, frames, _, height, width = latents.shape
+        given |= {"viewmats": viewmats, "Ks": Ks}
+        if cache is None:
+            given |= {"clean_latents": clean_latents, "clean_timestep": clean_timestep, "start_frame": start_frame}
+            rope = self.rope.tables(start_frame + frames, *token_grid(height, width, self.patch), latents.device)
+            return self._flow(latents, timestep, encoder_hidden_states, rope=rope, **given)
+        self.announce(cache, start_frame, frames, height, width, viewmats=viewmats, Ks=Ks)
+        flow = self.predict(latents, timestep, encoder_hidden_states, cache=cache, keys_only=keys_only, **given)
+        if not torch.is_grad_enabled():
+            cache.commit()
+        return flow
 
 
 def read_additions(file: Path) -> dict[str, Any]:
@@ -173,32 +269,6 @@ def token_grid(height: int, width: int, patch: tuple[int, int]) -> tuple[int, in
     return height // ph, width // pw
 
 
-def check_video(
-    latents: Tensor,
-    clean_latents: Tensor | None,
-    viewmats: Tensor | None,
-    Ks: Tensor | None,
-    cache: object,
-    has_camera: bool,
-) -> None:
-    """The arguments that every backbone's forward has, before anything is computed."""
-    if latents.dim() != 5:
-        raise ValueError(f"latents must be [B, F, Cz, h, w], got {list(latents.shape)}")
-    B, frames = latents.shape[:2]
-    if clean_latents is not None and clean_latents.shape != latents.shape:
-        raise ValueError(f"clean_latents must be {list(latents.shape)} as latents, got {list(clean_latents.shape)}")
-    if clean_latents is not None and cache is not None:
-        raise ValueError("clean_latents (teacher forcing) and cache (streaming) exclude each other, got both")
-    if (viewmats is None) != (Ks is None):
-        raise ValueError("viewmats and Ks come together, got only one of them")
-    if viewmats is not None and not has_camera:
-        raise ValueError("viewmats were given, but this model has no camera branch (add_camera() makes one)")
-    if viewmats is None and has_camera:
-        raise ValueError("this model has a camera branch and needs viewmats and Ks, got none")
-    if viewmats is not None and viewmats.shape != (B, frames, 4, 4):
-        raise ValueError(f"viewmats must be [B, F, 4, 4] = {[B, frames, 4, 4]}, got {list(viewmats.shape)}")
-
-
 # original checkpoints
 
 PREFIX = re.compile(r"^(model\.)?(_fsdp_wrapped_module\.)?")
@@ -218,6 +288,42 @@ def original_state(weights: dict | str | Path, ema: bool | None) -> dict[str, Te
             state = state[key]
             break
     return {WRAPPERS.sub("", PREFIX.sub("", name, count=1)): tensor for name, tensor in state.items()}
+
+
+def _check_video(
+    latents: Tensor,
+    clean_latents: Tensor | None,
+    viewmats: Tensor | None,
+    Ks: Tensor | None,
+    cache: object,
+    has_camera: bool,
+) -> None:
+    """The arguments that every backbone's forward has, before anything is computed."""
+    if latents.dim() != 5:
+        raise ValueError(f"latents must be [B, F, Cz, h, w], got {list(latents.shape)}")
+    B, frames = latents.shape[:2]
+    if clean_latents is not None and clean_latents.shape != latents.shape:
+        raise ValueError(f"clean_latents must be {list(latents.shape)} as latents, got {list(clean_latents.shape)}")
+    if clean_latents is not None and cache is not None:
+        raise ValueError("clean_latents (teacher forcing) and cache (streaming) exclude each other, got both")
+    _check_cameras(viewmats, Ks, [B, frames, 4, 4], has_camera)
+
+
+def _check_cameras(viewmats: Tensor | None, Ks: Tensor | None, shape: list[int], has_camera: bool) -> None:
+    if (viewmats is None) != (Ks is None):
+        raise ValueError("viewmats and Ks come together, got only one of them")
+    if viewmats is not None and not has_camera:
+        raise ValueError("viewmats were given, but this model has no camera branch (add_camera() makes one)")
+    if viewmats is None and has_camera:
+        raise ValueError("this model has a camera branch and needs viewmats and Ks, got none")
+    if viewmats is not None and list(viewmats.shape) != shape:
+        raise ValueError(f"viewmats must be [B, F, 4, 4] = {shape}, got {list(viewmats.shape)}")
+
+
+def _check_keys_only(keys_only: bool, cache: object) -> None:
+    if keys_only and (cache is None or torch.is_grad_enabled()):
+        how = "without cache" if cache is None else "with gradient"
+        raise ValueError(f"keys_only is for streaming without gradient: it must be False in a call {how}, got True")
 
 
 def _a(word: str) -> str:

@@ -17,14 +17,15 @@ from typing_extensions import Self
 
 from dit_ops import adaln
 from dit_ops.backbones._block import call_block
-from dit_ops.backbones._common import DiffusersBackbone, check_video, patchify, token_grid, zero_linears
-from dit_ops.backbones.hunyuan_video15_block import Pass, cache_text, run_block
+from dit_ops.backbones._common import DiffusersBackbone, patchify, token_grid, zero_linears
+from dit_ops.backbones.hunyuan_video15_block import Pass, cache_text, run_block, store_keys
 from dit_ops.backbones.hunyuan_video15_original import to_diffusers
 from dit_ops.backbones.hunyuan_video15_text import Conditions, condition_tokens
 from dit_ops.cache import KVCache
 from dit_ops.camera import projective_cameras
 from dit_ops.flow import per_frame
 from dit_ops.layout import VideoLayout
+from dit_ops.ops.qk_norm_rope import Rope
 from dit_ops.parallel import SequenceParallel
 from dit_ops.rope import Rope3D
 
@@ -72,7 +73,6 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         self.transformer = transformer
         self.block_frames, self.text_timestep, self.prope_cache = block_frames, text_timestep, prope_cache
         self.gradient_checkpointing = False
-        self.sequence_parallel: SequenceParallel | None = None
         self.rope = Rope3D(config.attention_head_dim, config.rope_theta, tuple(config.rope_axes_dim))
         self.camera: nn.ModuleList | None = None
         self.action: TimestepEmbedding | None = None
@@ -116,6 +116,10 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         return self.transformer.x_embedder.proj.weight.dtype
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.transformer_blocks
+
+    @property
     def patch(self) -> tuple[int, int]:
         """Latents per token, (height, width)."""
         return self.config.patch_size, self.config.patch_size
@@ -141,10 +145,9 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             raise ValueError(f"new_cache: batch must be at least 1, got {batch}")
         if not rotated and self.prope_cache == "shared":
             raise ValueError("new_cache: rotated must be True for a model with prope_cache = 'shared', got False")
-        self._token_grid(height, width)
-        blocks = len(self.transformer.transformer_blocks)
-        room = text_tokens or 0
-        return KVCache(blocks, window_frames=window_frames, sink_frames=sink_frames, prefix=room, rotated=rotated)
+        token_grid(height, width, self.patch)
+        layers, room = len(self.blocks), text_tokens or 0
+        return KVCache(layers, window_frames=window_frames, sink_frames=sink_frames, prefix=room, rotated=rotated)
 
     def forward(
         self,
@@ -164,12 +167,53 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         action: Tensor | None = None,  # [B, F] labels; None in streaming: the rerun of a clean chunk
         cache: KVCache | None = None,  # causal streaming: latents are the next chunk
         start_frame: int = 0,  # absolute index of the chunk's first frame
+        keys_only: bool = False,  # streaming: see `predict`
     ) -> Tensor:
         """The flow `v = ε − x0` of the noisy latents: teacher forcing, streaming, or else bidirectional.
 
         In streaming the chunk's keys and values are stored when gradients are off (see KVCache).
         """
-        check_video(latents, clean_latents, viewmats, Ks, cache, self.camera is not None)
+        return self._run(
+            latents,
+            timestep,
+            encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            encoder_hidden_states_2=encoder_hidden_states_2,
+            encoder_attention_mask_2=encoder_attention_mask_2,
+            image_embeds=image_embeds,
+            condition_latents=condition_latents,
+            clean_latents=clean_latents,
+            clean_timestep=clean_timestep,
+            viewmats=viewmats,
+            Ks=Ks,
+            action=action,
+            cache=cache,
+            start_frame=start_frame,
+            keys_only=keys_only,
+        )
+
+    def _flow(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        rope: Rope,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_hidden_states_2: Tensor | None = None,
+        encoder_attention_mask_2: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        condition_latents: Tensor | None = None,
+        clean_latents: Tensor | None = None,
+        clean_timestep: Tensor | None = None,
+        viewmats: Tensor | None = None,
+        Ks: Tensor | None = None,
+        action: Tensor | None = None,
+        cache: KVCache | None = None,
+        start_frame: int = 0,
+        keys_only: bool = False,
+    ) -> Tensor:
+        """rope: its row start_frame is the first frame's."""
         given = Conditions(
             encoder_hidden_states,
             encoder_attention_mask,
@@ -178,7 +222,8 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             image_embeds,
         )
         self._check_conditions(latents, given, action, cache)
-        frames, grid = latents.shape[1], self._token_grid(*latents.shape[3:])
+        _, frames, _, height, width = latents.shape
+        grid = token_grid(height, width, self.patch)
         halves = 1 if clean_latents is None else 2
         x, t = latents, per_frame(timestep, frames)
         if clean_latents is not None:
@@ -193,27 +238,23 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             x = self._local_patches(x, parallel)
         x = patchify(x, self.transformer.x_embedder.proj)
         temb = self._time(t, action)
-        text_t = self._text_timestep(timestep, halves == 1 and cache is None)
-        text_temb = self._time(text_t[:, None], None)  # [B, 1, C]
-        rope = self.rope.tables(start_frame + frames, *grid, x.device)
         cameras = None if viewmats is None or Ks is None else projective_cameras(viewmats, Ks)
-        if cache is not None:
-            P_inv = None if cameras is None else cameras[1]
-            cache.begin(start_frame, frames, grid[0] * grid[1], rope=rope, size=grid, P_inv=P_inv)
+        text, text_temb = None, None
         if cache is not None and not torch.is_grad_enabled():
-            text, lengths = None, self._cache_text(given, text_t, text_temb, cache, parallel)
+            lengths = self._cache_text(given, timestep, cache, parallel)
         else:
+            text_t, text_temb = self._text_time(timestep, halves == 1 and cache is None)
             text, lengths = condition_tokens(self.transformer, given, text_t)
         layout = VideoLayout(frames, *grid, self.block_frames, halves, prefix=max(lengths), start_frame=start_frame)
-        blocks = self.transformer.transformer_blocks
-        shared = Pass(layout, lengths, rope, cameras, cache, self.prope_cache == "shared", len(blocks) - 1, parallel)
-        for i, block in enumerate(blocks):
+        shared = Pass(layout, lengths, rope, cameras, cache, self.prope_cache == "shared", len(self.blocks) - 1, parallel)
+        for i, block in enumerate(self.blocks):
+            if keys_only and i == shared.last:
+                call_block(block, store_keys, i, block, x, temb, shared)
+                return x.new_empty(0)
             past = cache.past(i) if cache is not None and torch.is_grad_enabled() else None
             camera = self.camera[i] if self.camera is not None else None
             args = (i, block, camera, x, text, temb, text_temb, past, shared)
             x, text = call_block(block, run_block, *args, recompute=self.gradient_checkpointing)
-        if cache is not None and not torch.is_grad_enabled():
-            cache.commit()
 
         x = x.tensor_split(halves, 1)[-1]  # the noisy half
         norm = self.transformer.norm_out
@@ -248,9 +289,6 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         if action is not None and action.shape != (B, frames):
             raise ValueError(f"action must be [B, F] = {[B, frames]}, got {list(action.shape)}")
 
-    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
-        return token_grid(height, width, self.patch)
-
     def _concat_condition(self, x: Tensor, condition: Tensor | None, halves: int) -> Tensor:
         """Latents of both halves beside the condition's channels, the same for both."""
         channels = self.config.in_channels - self.latent_channels
@@ -283,30 +321,31 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         wave = self.transformer.time_embed.time_proj(values.flatten()).to(embedder.linear_1.weight.dtype)
         return embedder(wave).unflatten(0, values.shape)
 
-    def _text_timestep(self, timestep: Tensor, joint: bool) -> Tensor:
-        """`[B]`: the fixed one; else in the bidirectional mode the video's (the highest of its frames), else 0."""
+    def _text_time(self, timestep: Tensor, joint: bool) -> tuple[Tensor, Tensor]:
+        """The text's timestep `[B]` and its embedding `[B, 1, C]`.
+
+        It is the fixed one; else in the bidirectional mode the video's (the highest of its frames), else 0.
+        """
         t = timestep if timestep.dim() == 1 else timestep.amax(1)
         if self.text_timestep is not None:
-            return torch.full_like(t, self.text_timestep)
-        return t if joint else torch.zeros_like(t)
+            t = torch.full_like(t, self.text_timestep)
+        elif not joint:
+            t = torch.zeros_like(t)
+        return t, self._time(t[:, None], None)
 
     def _cache_text(
-        self, given: Conditions, t: Tensor, temb: Tensor, cache: KVCache, parallel: SequenceParallel | None
+        self, given: Conditions, timestep: Tensor, cache: KVCache, parallel: SequenceParallel | None
     ) -> tuple[int, ...]:
         """Runs the text through all blocks, once per text, and leaves its keys and values in the cache; tokens per sample."""
-        if cache.text_is(*given) and cache.text[0] is not None:
-            return tuple(cache.text[0][0].tolist())
+        if cache.text_is(*given) and cache.text_lengths is not None:
+            return cache.text_lengths
+        t, temb = self._text_time(timestep, False)
         text, lengths = condition_tokens(self.transformer, given, t)
-        if not cache.nbytes:
-            cache.prefix = max(cache.prefix, text.shape[1])
-        if text.shape[1] > cache.prefix:
-            raise ValueError(
-                f"the text has {text.shape[1]} tokens, but the cache has room for {cache.prefix} (text_tokens of new_cache)"
-            )
+        cache.make_room(text.shape[1])
         paths = 1 if self.camera is None or not cache.rotated else 2
-        for i, block in enumerate(self.transformer.transformer_blocks):
+        for i, block in enumerate(self.blocks):
             text = call_block(block, cache_text, i, block, text, temb, lengths, cache, paths, parallel)
-        cache.text[0] = (torch.tensor(lengths),)
+        cache.text_lengths = lengths
         return lengths
 
     def _unpatchify(self, x: Tensor, layout: VideoLayout) -> Tensor:

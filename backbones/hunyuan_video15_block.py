@@ -8,7 +8,7 @@ L_r and N_r are a rank's share.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, ulys
 from dit_ops.backbones.hunyuan_video15_text import sees_text, video_mask
 from dit_ops.cache import KVCache
 from dit_ops.layout import VideoLayout
+from dit_ops.ops.qk_norm_rope import Rope
 from dit_ops.parallel import SequenceParallel
 
 
@@ -30,7 +31,7 @@ class Pass:
 
     layout: VideoLayout  # its prefix is the text
     lengths: tuple[int, ...]  # text tokens of each sample; the rest of the T are padding
-    rope: tuple[Tensor, Tensor, Tensor]
+    rope: Rope
     cameras: tuple[Tensor, Tensor] | None  # P, P⁻¹ [B, F, 4, 4]
     cache: KVCache | None
     shared_prope: bool
@@ -54,19 +55,27 @@ def run_block(
     x: Tensor,  # [B, L_r, C]
     text: Tensor | None,  # [B, T, C]; None: its keys are in the cache
     temb: Tensor,  # [B, F', C]
-    text_temb: Tensor,  # [B, 1, C]
+    text_temb: Tensor | None,  # [B, 1, C], as text
     past: tuple[Tensor, Tensor] | None,
     shared: Pass,
 ) -> tuple[Tensor, Tensor | None]:
     """x += gate·Attn(adaLN(x)); x += gate·MLP(adaLN(x)), for the video and the text, which meet in the attention."""
     h, rows = enter(block.norm1, x, temb)
-    if text is None:
+    if text is None or text_temb is None:
         a, _ = joint_attention(i, block.attn, camera, h, None, past, shared)
         return leave(x, a, rows, block.norm2, block.ff), None
     text_h, text_rows = enter(block.norm1_context, text, text_temb)
     a, text_a = joint_attention(i, block.attn, camera, h, text_h, past, shared)
     x = leave(x, a, rows, block.norm2, block.ff)
     return x, None if text_a is None else leave(text, text_a, text_rows, block.norm2_context, block.ff_context)
+
+
+def store_keys(i: int, block: HunyuanVideo15TransformerBlock, x: Tensor, temb: Tensor, shared: Pass) -> None:
+    """Of a block only what the cache keeps: keys and values of x."""
+    h, _ = enter(block.norm1, x, temb)
+    _, _, _, own = own_heads(i, block.attn, h, shared, keys_only=True)
+    if own is not None:
+        share_rope_path(i, own, shared)
 
 
 def enter(norm: AdaLayerNormZero, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -111,11 +120,8 @@ def joint_attention(
         o = attention(q, k, v, video_mask(layout, q.shape[1], k.shape[1], shared.lengths))
     else:  # a rank without heads: the same parameters have a gradient as on the others, and it takes part in the exchange
         o = q + k.sum(1, keepdim=True) + v.sum(1, keepdim=True)
-    if shared.shared_prope and own is not None and cameras is not None:
-        for t in own:
-            rope_path, prope_path = t.tensor_split(2, 2)
-            prope_path.copy_(rope_path)
-        cast(KVCache, shared.cache).write(i, *own)
+    if own is not None:
+        share_rope_path(i, own, shared)
     if prefix and shared.group is None:  # views; the operator would join the text and the projected video again
         text_o, o, prefix = o[:, :T, :N], o[:, T:], 0
     where: dict[str, Any] = {"group": shared.group, "halves": layout.halves, "prefix": prefix}
@@ -133,12 +139,25 @@ def video_heads(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Queries, keys and values of all tokens, h being this rank's: N_r heads of RoPE, with cameras N_r more of ProPE.
 
-    In streaming without gradient they go into the cache, and the keys and values are all that it lets the chunk see; then also
-    the chunk's own.
+    In streaming without gradient the keys and values are all that the cache lets the chunk see; then also the chunk's own.
+    """
+    q, k, v, own = own_heads(i, attn, h, shared)
+    if own is not None and shared.cache is not None:
+        k, v = shared.cache.visible(i)
+    return q, k, v, own
+
+
+def own_heads(
+    i: int, attn: Attention, h: Tensor, shared: Pass, *, keys_only: bool = False
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Queries, keys and values of all tokens; in streaming without gradient the latter are in the cache, and returned again.
+
+    keys_only: the queries mean nothing; keys stand in for them, which saves their projection.
     """
     layout, N = shared.layout, attn.heads
     cache = None if torch.is_grad_enabled() else shared.cache
-    q, k, v = (proj(h).unflatten(2, (N, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))
+    q = None if keys_only else attn.to_q(h).unflatten(2, (N, -1))
+    k, v = (proj(h).unflatten(2, (N, -1)) for proj in (attn.to_k, attn.to_v))
     own, slots, into = None, None, {}
     if cache is not None:
         mine = N if shared.parallel is None else shared.parallel.heads(N)[shared.parallel.rank]
@@ -149,10 +168,22 @@ def video_heads(
         into = {"k_out": own[0], "v_out": own[1], "turn_keys": cache.rotated}
     where: dict[str, Any] = {"eps": attn.norm_q.eps, "start_frame": layout.start_frame, "halves": layout.halves, **into}
     norms, cameras = (attn.norm_q.weight, attn.norm_k.weight), shared.cameras or (None, None)
-    q, k, v = ulysses_scatter_heads(q, k, v, *norms, shared.rope, layout.grid, *cameras, group=shared.group, **where)
-    if cache is not None and own is not None:
-        k, v = cache.visible(i) if slots else cache.write(i, *own)
+    q, k, v = ulysses_scatter_heads(
+        k if q is None else q, k, v, *norms, shared.rope, layout.grid, *cameras, group=shared.group, **where
+    )
+    if cache is not None and own is not None and slots is None:
+        cache.write(i, *own)
     return q, k, v, own
+
+
+def share_rope_path(i: int, own: tuple[Tensor, Tensor], shared: Pass) -> None:
+    """For later chunks the RoPE path's keys and values stand in the place of the ProPE path's, if the model wants it so."""
+    if not shared.shared_prope or shared.cameras is None or shared.cache is None:
+        return
+    for t in own:
+        rope_path, prope_path = t.tensor_split(2, 2)
+        prope_path.copy_(rope_path)
+    shared.cache.write(i, *own)
 
 
 def cache_text(

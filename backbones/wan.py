@@ -5,45 +5,27 @@ Rounding as in diffusers: norm, modulation and gates in fp32, everything else in
 Wan: arXiv 2503.20314. Shapes: B batch, F frames, L tokens, C channels, N heads, D head size.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as nnf
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from dit_ops import adaln, attention, gated_residual, gated_residual_adaln, ulysses_gather_heads, ulysses_scatter_heads
+from dit_ops import adaln
 from dit_ops.backbones._block import Recompute, call_block
-from dit_ops.backbones._common import DiffusersBackbone, check_video, patchify, token_grid, zero_linears
+from dit_ops.backbones._common import DiffusersBackbone, patchify, token_grid, zero_linears
+from dit_ops.backbones.wan_block import Pass, run_block, store_keys
 from dit_ops.backbones.wan_original import to_diffusers
 from dit_ops.cache import KVCache
 from dit_ops.camera import projective_cameras
 from dit_ops.flow import per_frame
 from dit_ops.layout import VideoLayout
-from dit_ops.masks import Mask, TeacherForcing
-from dit_ops.parallel import SequenceParallel
+from dit_ops.masks import TeacherForcing
+from dit_ops.ops.qk_norm_rope import Rope
 from dit_ops.rope import Rope3D
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What every block of one forward shares."""
-
-    layout: VideoLayout
-    mask: Mask | None
-    rope: tuple[Tensor, Tensor, Tensor]
-    cameras: tuple[Tensor, Tensor] | None  # P, P⁻¹ [B, F, 4, 4]
-    cache: KVCache | None
-    parallel: SequenceParallel | None  # the tokens of a block are this rank's part of every frame
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        return None if self.parallel is None else self.parallel.group
 
 
 class WanBackbone(DiffusersBackbone):
@@ -65,7 +47,6 @@ class WanBackbone(DiffusersBackbone):
             raise ValueError(f"WanBackbone: patch_size must be (1, height, width), got {tuple(config.patch_size)}")
         self.transformer = transformer
         self.block_frames = block_frames
-        self.sequence_parallel: SequenceParallel | None = None
         self.gradient_checkpointing: Recompute | bool = False
         self.rope = Rope3D(config.attention_head_dim)
         self.camera: nn.ModuleList | None = None
@@ -98,6 +79,10 @@ class WanBackbone(DiffusersBackbone):
         return self.transformer.patch_embedding.weight.dtype
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.blocks
+
+    @property
     def patch(self) -> tuple[int, int]:
         """Latents per token, (height, width)."""
         return self.config.patch_size[1:]
@@ -119,7 +104,7 @@ class WanBackbone(DiffusersBackbone):
         if batch < 1:
             raise ValueError(f"new_cache: batch must be at least 1, got {batch}")
         token_grid(height, width, self.patch)
-        return KVCache(len(self.transformer.blocks), window_frames=window_frames, sink_frames=sink_frames, rotated=rotated)
+        return KVCache(len(self.blocks), window_frames=window_frames, sink_frames=sink_frames, rotated=rotated)
 
     def forward(
         self,
@@ -135,12 +120,45 @@ class WanBackbone(DiffusersBackbone):
         Ks: Tensor | None = None,  # [B, F, 3, 3] normalised
         cache: KVCache | None = None,  # causal streaming: latents are the next chunk
         start_frame: int = 0,  # absolute index of the chunk's first frame
+        keys_only: bool = False,  # streaming: see `predict`
     ) -> Tensor:
         """The flow `v = ε − x0` of the noisy latents: teacher forcing, streaming, or else bidirectional.
 
         In streaming the chunk's keys and values are stored when gradients are off (see KVCache).
         """
-        check_video(latents, clean_latents, viewmats, Ks, cache, self.camera is not None)
+        return self._run(
+            latents,
+            timestep,
+            encoder_hidden_states,
+            encoder_hidden_states_image=encoder_hidden_states_image,
+            condition_latents=condition_latents,
+            clean_latents=clean_latents,
+            clean_timestep=clean_timestep,
+            viewmats=viewmats,
+            Ks=Ks,
+            cache=cache,
+            start_frame=start_frame,
+            keys_only=keys_only,
+        )
+
+    def _flow(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        rope: Rope,
+        encoder_hidden_states_image: Tensor | None = None,
+        condition_latents: Tensor | None = None,
+        clean_latents: Tensor | None = None,
+        clean_timestep: Tensor | None = None,
+        viewmats: Tensor | None = None,
+        Ks: Tensor | None = None,
+        cache: KVCache | None = None,
+        start_frame: int = 0,
+        keys_only: bool = False,
+    ) -> Tensor:
+        """rope: its row start_frame is the first frame's."""
         B, frames, _, height, width = latents.shape
         text_dim = self.config.text_dim
         if encoder_hidden_states.dim() != 3 or encoder_hidden_states.shape[::2] != (B, text_dim):
@@ -161,7 +179,7 @@ class WanBackbone(DiffusersBackbone):
         shared = Pass(
             layout,
             TeacherForcing(layout) if halves == 2 else None,
-            self.rope.tables(start_frame + frames, layout.height, layout.width, x.device),
+            rope,
             None if viewmats is None or Ks is None else projective_cameras(viewmats, Ks),
             cache,
             self.sequence_parallel,
@@ -169,17 +187,14 @@ class WanBackbone(DiffusersBackbone):
         parallel = self.sequence_parallel
         mine = (lambda tokens: tokens) if parallel is None else (lambda tokens: parallel.local_tokens(tokens, layout))
         x = patchify(x, self.transformer.patch_embedding, mine)
-        if cache is not None:
-            P_inv = None if shared.cameras is None else shared.cameras[1]
-            size = layout.height, layout.width
-            cache.begin(start_frame, frames, layout.tokens_per_frame, rope=shared.rope, size=size, P_inv=P_inv)
-        for i, block in enumerate(self.transformer.blocks):
+        for i, block in enumerate(self.blocks):
+            if keys_only and i == len(self.blocks) - 1:
+                call_block(block, store_keys, i, block, x, context, modulation, shared)
+                return x.new_empty(0)
             past = cache.past(i) if cache is not None and torch.is_grad_enabled() else None
             camera = self.camera[i] if self.camera is not None and shared.cameras is not None else None
             args: Any = (i, block, camera, x, context, modulation, past, shared)
             x = call_block(block, run_block, *args, recompute=self.gradient_checkpointing)
-        if cache is not None and not torch.is_grad_enabled():
-            cache.commit()
 
         x = x.unflatten(1, (halves, -1))[:, -1]  # the noisy half
         temb = temb[:, -frames:]
@@ -216,88 +231,3 @@ class WanBackbone(DiffusersBackbone):
         return embedder.text_embedder(text.to(self.dtype)), None if image is None else embedder.image_embedder(
             image.to(self.dtype)
         )
-
-
-def run_block(
-    i: int,
-    block: WanTransformerBlock,
-    camera: nn.Linear | None,
-    x: Tensor,  # [B, L, C]
-    context: tuple[Tensor, Tensor | None] | None,
-    modulation: Tensor,  # [B, F', 6, C]
-    past: tuple[Tensor, Tensor] | None,
-    shared: Pass,
-) -> Tensor:
-    """x += gate·SelfAttn(adaLN(x));  x += CrossAttn(LN(x));  x += gate·FFN(adaLN(x))."""
-    eps = block.norm1.eps
-    shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (block.scale_shift_table + modulation.float()).unbind(2)
-    h = adaln(x, scale_sa, shift_sa, eps=eps)
-    a = self_attention(i, block.attn1, camera, h, past, shared)
-    if isinstance(block.norm2, nn.Identity):
-        x = h = gated_residual(x, a, gate_sa)
-    else:
-        x, h = gated_residual_adaln(x, a, gate_sa, weight=block.norm2.weight, bias=block.norm2.bias, eps=eps)
-    c = cross_attention(i, block.attn2, h, context, shared.cache)
-    x, h = gated_residual_adaln(x, c, None, scale_ffn, shift_ffn, eps=eps)
-    return gated_residual(x, block.ffn(h), gate_ffn)
-
-
-def self_attention(
-    i: int, attn: WanAttention, camera: nn.Linear | None, h: Tensor, past: tuple[Tensor, Tensor] | None, shared: Pass
-) -> Tensor:
-    """`W_o·o [+ W_p·P·o']`: the RoPE path and the ProPE path are one attention call with 2N heads."""
-    q, k, v = heads_seen(i, attn, h, past, shared)
-    o = attention(q, k, v, shared.mask) if q.shape[2] else q  # a rank may have no head; it takes part in the exchange
-    layout, P = shared.layout, None if shared.cameras is None else shared.cameras[0]
-    o, *paths = ulysses_gather_heads(o, layout.grid, P, heads=attn.heads, group=shared.group, halves=layout.halves)
-    out = attn.to_out[0](o.flatten(2))
-    return out if camera is None else out + camera(paths[0].flatten(2))
-
-
-def heads_seen(
-    i: int, attn: WanAttention, h: Tensor, past: tuple[Tensor, Tensor] | None, shared: Pass
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The queries of h, and the keys and values of all tokens that they see: N heads of RoPE, with cameras N more of ProPE.
-
-    In streaming without gradient the kernel writes keys and values into the slots of the cache.
-    """
-    layout, N, paths = shared.layout, attn.heads, 1 if shared.cameras is None else 2
-    cache = None if torch.is_grad_enabled() else shared.cache
-    q, k, v = (proj(h).unflatten(2, (N, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))
-    slots, into = None, {}
-    if cache is not None:
-        mine = N if shared.parallel is None else shared.parallel.heads(N)[shared.parallel.rank]
-        stored = mine * paths if cache.rotated else mine
-        slots = cache.slots(i, k, stored)
-        k_out, v_out = slots or (k.new_empty(k.shape[0], layout.tokens, stored, k.shape[3]) for _ in "kv")
-        into = {"k_out": k_out, "v_out": v_out, "turn_keys": cache.rotated}
-    where: dict[str, Any] = {"eps": attn.norm_q.eps, "start_frame": layout.start_frame, "halves": layout.halves, **into}
-    weights, cameras = (attn.norm_q.weight, attn.norm_k.weight), shared.cameras or (None, None)
-    q, k, v = ulysses_scatter_heads(q, k, v, *weights, shared.rope, layout.grid, *cameras, group=shared.group, **where)
-    if cache is not None:
-        k, v = cache.visible(i) if slots else cache.write(i, k_out, v_out)
-    elif past is not None:
-        k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-    return q, k, v
-
-
-def cross_attention(
-    i: int, attn: WanAttention, h: Tensor, context: tuple[Tensor, Tensor | None] | None, cache: KVCache | None
-) -> Tensor:
-    """Attention to the text and, separately, to the image tokens (I2V); the two results are summed before `W_o`."""
-    N = attn.heads
-    q = attn.norm_q(attn.to_q(h)).unflatten(2, (N, -1))
-    keys = cache.text[i] if cache is not None and context is None else None
-    if keys is None:
-        assert context is not None
-        text, image = context
-        keys = (attn.norm_k(attn.to_k(text)), attn.to_v(text))
-        if image is not None:
-            keys += (attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image))
-        keys = tuple(t.unflatten(2, (N, -1)) for t in keys)
-        if cache is not None and not torch.is_grad_enabled():
-            cache.text[i] = keys
-    o = attention(q, keys[0], keys[1])
-    if len(keys) == 4:
-        o = o + attention(q, keys[2], keys[3])
-    return attn.to_out[0](o.flatten(2))

@@ -16,20 +16,26 @@ from dit_ops.flow import per_frame
 class WanTI2VBackbone(WanBackbone):
     """As WanBackbone; condition_latents `[B, F, Cz + 1, h, w]`: latents of known frames, and a mask that is 1 in them."""
 
-    def forward(
+    @property
+    def takes_condition_latents(self) -> bool:
+        return True
+
+    def _flow(
         self,
-        latents: Tensor,  # [B, F, Cz, h, w]
-        timestep: Tensor,  # [B] or [B, F], 0 … 1000
-        encoder_hidden_states: Tensor,  # [B, T, C_text]
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
         *,
         condition_latents: Tensor | None = None,
         clean_latents: Tensor | None = None,
         clean_timestep: Tensor | None = None,
+        keys_only: bool = False,
         **given: Any,
     ) -> Tensor:
+        given["keys_only"] = keys_only
         if condition_latents is None:
             given |= {"clean_latents": clean_latents, "clean_timestep": clean_timestep}
-            return super().forward(latents, timestep, encoder_hidden_states, **given)
+            return super()._flow(latents, timestep, encoder_hidden_states, **given)
         B, frames, channels, *plane = latents.shape
         if condition_latents.shape != (B, frames, channels + 1, *plane):
             expected = [B, frames, channels + 1, *plane]
@@ -43,7 +49,9 @@ class WanTI2VBackbone(WanBackbone):
             clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
             clean_latents, clean_timestep = with_known(clean_latents, clean_timestep, frame, known)
         given |= {"clean_latents": clean_latents, "clean_timestep": clean_timestep}
-        flow = super().forward(x, t, encoder_hidden_states, **given)
+        flow = super()._flow(x, t, encoder_hidden_states, **given)
+        if keys_only:
+            return flow
         sigma = _over_frames(per_frame(timestep, frames).float() / 1000)
         exact = (latents.float() - frame.float()) / sigma.masked_fill(sigma == 0, torch.inf)
         return torch.where(_over_frames(known), exact.to(flow.dtype), flow)

@@ -81,9 +81,9 @@ def cache_bytes(rotated: bool, layers: int, N: int, size: int, dtype: torch.dtyp
     text, path = min(TEXT, size), 2 if rotated else 1
     cache = KVCache(layers, window_frames=FRAMES, sink_frames=CHUNK, prefix=text, rotated=rotated)
     k = torch.empty(1, CHUNK * size, path * N, D, dtype=dtype, device="meta")
-    rope, P_inv = Rope3D(D).tables(CHUNK, size, 1, "meta"), torch.empty(1, CHUNK, 4, 4, device="meta")
+    P_inv = torch.empty(1, CHUNK, 4, 4, device="meta")
     with torch.no_grad(), dit_ops.use_backend("reference"):
-        cache.begin(0, CHUNK, size, rope=rope, size=(size, 1), P_inv=P_inv)
+        cache.begin(0, CHUNK, size, rope=Rope3D(D), size=(size, 1), P_inv=P_inv, device="meta")
         for layer in range(layers):
             cache.write_prefix(layer, k[:, :text], k[:, :text])
             cache.slots(layer, k, path * N)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from dit_ops import cli_generate
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dit-ops {arguments.command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"dit-ops {arguments.command}: {stop or 'stopped'}", file=sys.stderr)
+        print(f"dit-ops {arguments.command}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 
@@ -47,33 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-resume", action="store_true", help="refuse to go on from the checkpoints in the output folder")
 
     p = _command(commands, "generate", _generate, "generate videos from prompts and camera trajectories")
-    p.add_argument("--model", type=Path, required=True, help="model directory: ours, or a stock diffusers Wan pipeline")
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt")
-    what.add_argument("--prompts", type=Path, help='JSONL file of {"prompt": …, "pose": …, "seed": …, "image": …}')
-    p.add_argument(
-        "--pose", help="pose string such as w*4,l*8 (one pose per latent frame, plus the first), or a pose JSON file"
-    )
-    p.add_argument("--image", help="picture of the first frame, for a model that continues one")
-    p.add_argument("--frames", type=int, help="latent frames (default: what the pose gives)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--output", type=Path, default=Path("out/videos"), help="folder, or an .mp4 file for a single video")
-    p.add_argument("--overwrite", action="store_true", help="generate again what is finished")
-    p.add_argument("--mode", choices=("bidirectional", "autoregressive", "few_step"), help="default: what the model says")
-    p.add_argument("--steps", type=int, dest="num_steps", help="steps of a multi-step sampler")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance; 1 turns it off")
-    p.add_argument("--solver", choices=("euler", "unipc"))
-    p.add_argument("--shift", type=float, help="shift of the flow schedule")
-    p.add_argument("--negative-prompt")
-    p.add_argument("--height", type=int, help="pixels")
-    p.add_argument("--width", type=int, help="pixels")
-    p.add_argument("--fps", type=float, help="frames per second of the file")
-    p.add_argument("--block-frames", type=int, help="latent frames per causal block")
-    p.add_argument("--window-frames", type=int, help="latent frames that the KV cache keeps, sink and current block included")
-    p.add_argument("--sink-frames", type=int, help="first latent frames that the KV cache never drops")
-    p.add_argument("--condition", type=Path, help="directory of the condition (text encoder and codec), if the model has none")
-    p.add_argument("--device", help="default: the GPU if there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    cli_generate.add_arguments(p)
 
     p = _command(commands, "play", _play, "steer a causal model with the keyboard, on a local web page")
     p.add_argument("--model", type=Path, required=True, help="model directory")
@@ -83,8 +59,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--token", help="asked for in every request (default: a new one, where --host is not this machine)")
     p.add_argument("--window-frames", type=int, help="latent frames that the KV cache keeps (default: as many as were trained)")
     p.add_argument("--sink-frames", type=int, help="first latent frames that the KV cache never drops")
-    p.add_argument("--device", help="default: the GPU if there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    p.add_argument("--block-frames", type=int, help="latent frames per causal block")
+    p.add_argument(
+        "--overlap", action="store_true", help="decode a block while the next one is computed; keys are read one block earlier"
+    )
+    cli_generate.add_model_arguments(p)
 
     p = _command(commands, "preprocess", _preprocess, "make a latent data set of rendered rooms, mp4 files or minWM's data")
     p.add_argument("source", help="a folder of mp4 files with captions and poses, the word rooms, or as --format says")
@@ -184,58 +163,26 @@ def _plan(a: argparse.Namespace) -> None:
     print(table())
 
 
-SAMPLER = [
-    *("frames", "num_steps", "guidance", "solver", "shift", "negative_prompt", "height", "width", "fps"),
-    *("block_frames", "window_frames", "sink_frames"),
-]
-
-
 def _generate(a: argparse.Namespace) -> None:
-    import torch
-    from tqdm import tqdm
-
-    from dit_ops.pipelines import files, loading
-
-    given = a.pose, a.seed, a.image
-    items = files.read_items(a.prompts, *given) if a.prompts else [files.Item(a.prompt, *given)]
-    options = {name: getattr(a, name) for name in SAMPLER}
-    model = files.fingerprint(a.model, a.mode, a.dtype)
-    wanted = [files.request(item, model, options) for item in items]
-    paths = files.output_paths(a.output, wanted)
-    todo = {path: (item, request) for path, item, request in zip(paths, items, wanted, strict=True)}
-    for path, (_, request) in list(todo.items()):
-        if not a.overwrite and files.is_finished(path, request):
-            _say(f"{path}: finished before")
-            del todo[path]
-    if not todo:
-        return
-    dtype = getattr(torch, a.dtype) if a.dtype else None
-    pipeline = loading.load(a.model, a.device, dtype, mode=a.mode, condition=a.condition)
-    for number, (path, (item, request)) in enumerate(todo.items(), 1):
-        with tqdm(desc=f"video {number} of {len(todo)}", unit="step") as bar:
-
-            def on_step(done: int, total: int, bar: tqdm = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            record = files.generate_file(pipeline, item, path, request, on_step=on_step)
-        _say(f"{record['pixel_frames']} frames in {record['seconds']} s, the first after {record['first_chunk_seconds']} s")
+    for path in cli_generate.generate(a, _say):
         print(path)
 
 
 def _play(a: argparse.Namespace) -> None:
-    import torch
-
-    from dit_ops.pipelines import loading
-
     try:
         from dit_ops.play.server import serve
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; pip install 'dit-ops[play]' does it") from error
-    pipeline = loading.load(a.model, a.device, getattr(torch, a.dtype) if a.dtype else None)
+    pipeline = cli_generate.load_pipeline(a)
     window = a.window_frames or pipeline.settings.window_frames or pipeline.settings.frames  # a stream has no end
-    options = {"window_frames": window, "sink_frames": a.sink_frames}
-    serve(pipeline, a.host, a.port, token=a.token, prompt=a.prompt, options=options, say=_say)
+    options = {
+        "window_frames": window,
+        "sink_frames": a.sink_frames,
+        "block_frames": a.block_frames,
+        "compact_cache": a.compact_cache,
+    }
+    given = {"token": a.token, "prompt": a.prompt, "options": options, "overlap": a.overlap}
+    serve(pipeline, a.host, a.port, **given, say=_say)
 
 
 def _preprocess(a: argparse.Namespace) -> None:

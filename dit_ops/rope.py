@@ -30,11 +30,19 @@ class Rope3D:
         )
         return t, h, w
 
+    def rows(self, first: int, last: int, device: torch.device | str = "cpu") -> Tensor:
+        """Rows [first, last) of the frame table, computed on the device: for streams without end, which no table covers."""
+        return _rows(self.splits[0], self.theta, first, last, device)
+
 
 @lru_cache(maxsize=64)
 def _table(dim: int, theta: float, positions: int, device: str) -> Tensor:
     """Built in fp64 on the host, once per (size, theta, device); never as inference tensors, which training could not use."""
     with torch.inference_mode(False):
-        freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.arange(positions, dtype=torch.float64)[:, None] * freq
-        return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
+        return _rows(dim, theta, 0, positions, "cpu").to(device)
+
+
+def _rows(dim: int, theta: float, first: int, last: int, device: torch.device | str) -> Tensor:
+    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    angle = torch.arange(first, last, dtype=torch.float64, device=device)[:, None] * freq
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float()

@@ -9,51 +9,33 @@ a video.
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from dit_ops import flow_to_x0, renoise
-from dit_ops.flow import FlowSchedule
 from dit_ops.pipelines import loading, stages
-from dit_ops.pipelines.base import Pipeline
+from dit_ops.pipelines.causal import CausalPass
+from dit_ops.pipelines.few_step import FewStepPipeline
+from dit_ops.pipelines.request import State
 from dit_ops.pipelines.solvers import solver
 
 
-class CarefulStartPipeline(Pipeline):
+class CarefulStartPipeline(FewStepPipeline):
     """`num_steps` network steps for the first block, those of `denoising_steps` for the others."""
 
-    def network_steps(self, state: stages.State) -> int | None:
-        blocks = stages.count_blocks(self.backbone, state)
-        few = len(state.settings.denoising_steps)
-        return None if blocks is None else state.settings.num_steps + (blocks - 1) * (1 + few)
+    def network_steps(self, state: State) -> int | None:
+        steps = super().network_steps(state)
+        return None if steps is None else steps + state.settings.num_steps - len(state.timesteps)
 
-    def denoise(self, state: stages.State) -> Iterator[Tensor]:
-        caches = stages.new_caches(self.backbone, state)
-        x: Tensor | None = None
-        for first, last in stages.causal_blocks(self.backbone, state):
-            if x is not None:
-                stages.remember(self.backbone, state, x, first, caches)
-            x = stages.initial_noise(state, first, last)
-            x = self.few_steps(state, x, first, caches) if first else self.many_steps(state, x, caches)
-            yield x
-
-    def many_steps(self, state: stages.State, x: Tensor, caches: list) -> Tensor:
+    def denoise_block(self, state: State, first: int, last: int, passes: list[CausalPass]) -> Tensor:
+        if first > 0:
+            return super().denoise_block(state, first, last, passes)
         sampler = solver(state.settings)
+        x = stages.initial_noise(state, first, last)
         for i, t in enumerate(sampler.timesteps):
-            x = sampler.step(i, x, *stages.predict_flow(self.backbone, state, x, t, 0, caches))
+            x = sampler.step(i, x, *stages.predict_flow(self.backbone, state, x, t, first, passes))
         return x
-
-    def few_steps(self, state: stages.State, x: Tensor, first: int, caches: list) -> Tensor:
-        timesteps = FlowSchedule(state.settings.shift).few_step(state.settings.denoising_steps).tolist()
-        for i, (t, following) in enumerate(zip(timesteps, [*timesteps[1:], None], strict=True)):
-            flow, _ = stages.predict_flow(self.backbone, state, x, t, first, caches)
-            if following is None:
-                return flow_to_x0(x, flow, t / 1000)
-            noise = stages.renoise_noise(state, first, first + x.shape[1], i)
-            x = renoise(x, flow, noise, t / 1000, following / 1000)
-        raise ValueError("denoising_steps must hold at least one step, got none")
 
 
 def derive(model: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dit_ops.actions import action_labels
 from dit_ops.camera import Trajectory, intrinsics_matrix
+from dit_ops.pipelines.transfer import to_device
 
 Cameras = tuple[Tensor, Tensor]  # viewmats [F, 4, 4] and Ks [F, 3, 3], or both with a leading B
 Piece = str | Sequence[str]  # a pose string, or one per prompt that describe equally many frames
@@ -20,8 +21,8 @@ class CameraPath:
     """
 
     def __init__(self, viewmats: Tensor, Ks: Tensor, device: torch.device, pieces: Iterator[Piece] | None = None) -> None:
-        self.viewmats, self.Ks = viewmats.to(device, torch.float32), Ks.to(device, torch.float32)
-        self.actions = action_labels(viewmats).to(device)  # [B, F]
+        self.viewmats, self.Ks = to_device(viewmats.float(), device), to_device(Ks.float(), device)
+        self.actions = to_device(action_labels(viewmats), device)  # [B, F]
         self.start, self.frames = 0, viewmats.shape[1]  # frames [start, frames) are held
         self.pieces = pieces
         self._latest = viewmats[:, -1:]
@@ -65,7 +66,7 @@ class CameraPath:
         new = torch.stack(poses)
         if new.shape[1]:
             labels = action_labels(torch.cat([self._latest, new], dim=1))[:, 1:]
-            self.viewmats = torch.cat([self.viewmats, new.to(self.viewmats)], dim=1)
+            self.viewmats = torch.cat([self.viewmats, to_device(new.float(), self.viewmats.device)], dim=1)
             self.Ks = torch.cat([self.Ks, self.Ks[:, -1:].expand(-1, new.shape[1], -1, -1)], dim=1)
-            self.actions = torch.cat([self.actions, labels.to(self.actions)], dim=1)
+            self.actions = torch.cat([self.actions, to_device(labels, self.actions.device)], dim=1)
             self._latest, self.frames = new[:, -1:], self.frames + new.shape[1]

@@ -3,38 +3,36 @@
 x0 = x − σ·v;  x' = (1 − σ')·x0 + σ'·ε  (Song et al. 2023, arXiv 2303.01469, algorithm 1)
 """
 
-from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
 from dit_ops import flow_to_x0, renoise
 from dit_ops.flow import FlowSchedule
 from dit_ops.pipelines import stages
-from dit_ops.pipelines.base import Pipeline
+from dit_ops.pipelines.base import CausalPipeline
+from dit_ops.pipelines.causal import CausalPass
+from dit_ops.pipelines.request import State
 
 
-class FewStepPipeline(Pipeline):
+def choose_few_timesteps(state: State, backbone: Any, condition: Any) -> None:
+    """The levels of `denoising_steps`, shifted."""
+    if state.guided:
+        raise ValueError(f"guidance must be 1 in a few-step model (it is distilled in), got {state.settings.guidance}")
+    state.timesteps = FlowSchedule(state.settings.shift).few_step(state.settings.denoising_steps).tolist()
+
+
+class FewStepPipeline(CausalPipeline):
     """Causal backbone distilled to the few levels of `denoising_steps`, shifted."""
 
-    def network_steps(self, state: stages.State) -> int | None:
-        blocks = stages.count_blocks(self.backbone, state)
-        return None if blocks is None else blocks * (len(state.settings.denoising_steps) + 1) - 1
+    stages = (choose_few_timesteps, stages.encode_text, stages.encode_image, stages.encode_prefix)
 
-    def denoise(self, state: stages.State) -> Iterator[Tensor]:
-        if state.guided:
-            raise ValueError(f"guidance must be 1 in a few-step model (it is distilled in), got {state.settings.guidance}")
-        timesteps = FlowSchedule(state.settings.shift).few_step(state.settings.denoising_steps).tolist()
-        caches = stages.new_caches(self.backbone, state)
-        x: Tensor | None = None
-        for first, last in stages.causal_blocks(self.backbone, state):
-            if x is not None:
-                stages.remember(self.backbone, state, x, first, caches)
-            x = stages.initial_noise(state, first, last)
-            for i, t in enumerate(timesteps):
-                flow, _ = stages.predict_flow(self.backbone, state, x, t, first, caches)
-                if i + 1 < len(timesteps):
-                    noise = stages.renoise_noise(state, first, last, i)
-                    x = renoise(x, flow, noise, t / 1000, timesteps[i + 1] / 1000)
-                else:
-                    x = flow_to_x0(x, flow, t / 1000)
-            yield x
+    def denoise_block(self, state: State, first: int, last: int, passes: list[CausalPass]) -> Tensor:
+        x = stages.initial_noise(state, first, last)
+        for i, (t, following) in enumerate(pairwise(state.timesteps)):
+            flow, _ = stages.predict_flow(self.backbone, state, x, t, first, passes)
+            x = renoise(x, flow, stages.renoise_noise(state, first, last, i), t / 1000, following / 1000)
+        t = state.timesteps[-1]
+        flow, _ = stages.predict_flow(self.backbone, state, x, t, first, passes)
+        return flow_to_x0(x, flow, t / 1000)

@@ -15,6 +15,8 @@ import torch
 from dit_ops import conditions
 from dit_ops.conditions import Condition
 from dit_ops.files import atomic_folder
+from dit_ops.float8 import to_float8
+from dit_ops.offload import offload_blocks
 from dit_ops.pipelines.base import Pipeline
 from dit_ops.pipelines.settings import Settings
 from dit_ops.registry import RECIPE, load_backbone
@@ -61,12 +63,17 @@ def load(
     *,
     mode: str | None = None,
     condition: Condition | str | Path | None = None,
+    offload: bool = False,
+    float8: bool = False,
+    vae_tiling: bool = False,
 ) -> Pipeline:
     """Loads a model directory as the pipeline that it names.
 
     device   None = the GPU if there is one        dtype   of the backbone; None = as stored
     mode     "bidirectional", "autoregressive" or "few_step" samples it in another way than the directory says
     condition   replaces the directory's own, which may be missing: a condition, or a directory that holds one
+    offload     the transformer's blocks and the encoders live in host memory and visit the device (dit_ops/offload.py)
+    float8      8-bit floats for the weights of the blocks (dit_ops/float8.py)    vae_tiling   the VAE works on tiles
     """
     directory = Path(directory)
     index = read_index(directory)
@@ -83,8 +90,19 @@ def load(
         condition = directory if stock else directory / "condition"
     if isinstance(condition, str | Path):
         condition = conditions.load(condition)
-    backbone = load_backbone(directory / "transformer", device=device, dtype=dtype).eval().requires_grad_(False)
-    return cls(backbone, condition.to(device), settings)
+    if offload:
+        condition.offload = True
+    condition = condition.to(device)
+    if vae_tiling:
+        condition.enable_tiling()
+    small = offload or float8  # what is done in host memory before anything goes to the device
+    backbone = load_backbone(directory / "transformer", device=None if small else device, dtype=dtype)
+    backbone.eval().requires_grad_(False)
+    if float8:
+        to_float8(backbone, device)
+    if offload:
+        offload_blocks(backbone, device)
+    return cls(backbone.to(device) if float8 and not offload else backbone, condition, settings)
 
 
 def own_settings(index: dict[str, Any]) -> Settings:

@@ -22,6 +22,7 @@ class Settings:
     denoising_steps   few-step sampler: timesteps before the shift
     block_frames      latent frames per causal block; None = what the backbone was trained with
     window_frames, sink_frames   of the KV cache; None = every frame is visible
+    compact_cache     keys and values are stored before positions and cameras turn them: half the memory, more work per step
     frames            latent frames, if neither the call nor a pose string says
     intrinsics        fx/W, fy/H, cx/W, cy/H of pose strings: those of the training data
     """
@@ -35,6 +36,7 @@ class Settings:
     block_frames: int | None = None
     window_frames: int | None = None
     sink_frames: int = 0
+    compact_cache: bool = False
     negative_prompt: str = ""
     frames: int = 20
     height: int = 480

@@ -257,8 +257,8 @@ def test_window_and_sink_equal_a_dense_mask_after_many_evictions():
         for i, f in enumerate(seen):  # the same frames alone, at their own positions
             cache.reset() if i == 0 else None
             cache.end_frame = f  # pretend that the frames in between were evicted
-            cache._slot = lambda frame, order=tuple(seen): order.index(frame)
-            cache._filled = lambda last, order=tuple(seen): order.index(last - 1) + 1
+            cache.ring.slot = lambda frame, order=tuple(seen): order.index(frame)
+            cache.ring.filled = lambda last, order=tuple(seen): order.index(last - 1) + 1
             here = {k: v[:, f : f + 1] for k, v in cameras.items()}
             out = model(latents[:, f : f + 1], t[:, :1], text, cache=cache, start_frame=f, **here)
     close(flow[:, q_frame], out[:, 0])
@@ -348,11 +348,15 @@ def test_a_step_over_a_full_cache_copies_allocates_and_waits_for_nothing(rotated
     for first in range(0, 16, 2):
         here = {k: v[:, first : first + 2] for k, v in cameras.items()}
         buffers = [t for pair in (*cache._buffers, cache._turned) if pair for t in pair if t is not None]
+        with torch.no_grad(), Watch() as before:
+            model.announce(cache, first, 2, 4, 6, **here)
         with torch.no_grad(), Watch(buffers) as watch:
-            model(latents[:, first : first + 2], torch.full((2, 2), 500.0), text, cache=cache, start_frame=first, **here)
+            model.predict(latents[:, first : first + 2], torch.full((2, 2), 500.0), text, cache=cache, **here)
+        cache.commit()
         pointers = [t.data_ptr() for t in buffers]
         shapes = [tuple(t.shape for t in cache.visible(layer)) for layer in range(2)]
-        assert not {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero"} & set(watch.names)
+        waits = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero"}
+        assert not waits & {*before.names, *watch.names}
         if first >= 6:
             once = ["dit_ops::qk_norm_rope_into"] * (1 if rotated else 2)
             assert watch.writes == once * 2  # two layers
@@ -364,36 +368,46 @@ def test_a_step_over_a_full_cache_copies_allocates_and_waits_for_nothing(rotated
 @pytest.mark.gpu
 @pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "unrotated"])
 def test_a_streaming_step_is_captured_in_a_cuda_graph(rotated, device):
-    """One denoising step of a chunk, replayed on other latents, and its keys and values are in the cache."""
+    """One step of a chunk of a full ring, replayed for later chunks of its phase: their flows, and their keys in the cache."""
     model = tiny(num_attention_heads=2, attention_head_dim=32).to(device)
-    latents, _, text, cameras = inputs(F=8)
+    latents, _, text, cameras = inputs(F=14)
     latents, text = latents.to(device), text.to(device)
     cameras = {k: v.to(device) for k, v in cameras.items()}
-    t, x = torch.full((2, 2), 500.0, device=device), latents[:, 6:8].clone()
+    chunk = lambda first: {k: v[:, first : first + 2] for k, v in cameras.items()}
+    t, x, seen = torch.full((2, 2), 500.0, device=device), latents[:, :2].clone(), {k: v.clone() for k, v in chunk(0).items()}
+    step = lambda: model.predict(x, t, text, cache=caches[0], **seen)
 
-    def step(cache, first, chunk):
-        here = {k: v[:, first : first + 2].contiguous() for k, v in cameras.items()}
-        return model(chunk, t, text, cache=cache, start_frame=first, **here)
+    def announce(first):
+        model.announce(caches[0], first, 2, 4, 6, **chunk(first))
+        x.copy_(latents[:, first : first + 2])
+        for name, value in chunk(first).items():
+            seen[name].copy_(value)
 
-    caches = [model.new_cache(2, 4, 6, window_frames=4, sink_frames=2, rotated=rotated) for _ in range(2)]
+    caches = [model.new_cache(2, 4, 6, window_frames=4, sink_frames=1, rotated=rotated) for _ in range(2)]
+    graphs, flows, side = {}, {}, torch.cuda.Stream()
     with torch.no_grad():
-        for cache in caches:
-            for first in (0, 2, 4, 6):
-                step(cache, first, latents[:, first : first + 2])
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            step(caches[0], 6, x)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            flow = step(caches[0], 6, x)
-        for values in (latents[:, :2], latents[:, 2:4]):
-            x.copy_(values)
-            graph.replay()
-            want = step(caches[1], 6, values)
-            torch.testing.assert_close(flow, want)
+        for first in range(0, 14, 2):
+            want = model(latents[:, first : first + 2], t, text, cache=caches[1], start_frame=first, **chunk(first))
+            announce(first)
+            phase = caches[0].phase
+            if first < 4:
+                step()
+            elif phase in graphs:
+                graphs[phase].replay()
+                torch.testing.assert_close(flows[phase], want)
+            else:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    step()
+                torch.cuda.current_stream().wait_stream(side)
+                graphs[phase] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[phase]):
+                    flows[phase] = step()
+            caches[0].commit()
             for layer in range(2):
                 for got, expected in zip(caches[0].visible(layer), caches[1].visible(layer), strict=True):
                     torch.testing.assert_close(got, expected)
+    assert len(graphs) == 3  # a ring of 3 slots, chunks of 2
 
 
 @pytest.mark.parametrize("block_index", [0, 1, 2])

@@ -1,16 +1,18 @@
 """The record that a benchmark writes, the turns it takes, and the page made from it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dit_ops.bench import measure, runs
+from dit_ops.bench import bench_generate, measure, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -178,6 +180,52 @@ def test_benches_measure_what_the_goals_speak_of():
     names |= {goal.pass_.replace("20 calls", "{GRAPH} calls") for goal in table.GOALS}
     assert not [name for name in names if f'"{name}"' not in sources]
     assert {goal.name for goal in table.GOALS} == GOAL_ROWS.keys()
+    first, _ = bench_generate.ways("cuda")
+    assert {way.name for way in first} >= {table.GRAPHS, *(peer for _, peer, _ in table.STREAM_GOALS if peer)}
+    assert bench_generate.WAN.shape == table.STREAM
+
+
+def stream_rows(way: str, seconds: float, **changes) -> list[dict]:
+    """What bench_generate writes of one way: a line that was timed and one that was counted."""
+    about = {"device": "GPU 1", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-02"}
+    key = {"op": "generate", "shape": table.STREAM, "dtype": "bfloat16", "backend": way, **about}
+    timed = {"chunk_s": seconds, "iqr_s": 0.01, "fps": round(16 / seconds, 2), "first_s": 0.4, "cold_first_s": 9.5}
+    timed |= {"fill_s": [0.4, 0.5, 0.7], "memory": 3 << 30, "attention": f"kernel of {way}"}
+    counted = {"syncs": 0, "allocations": 7, "launches": 12, "kept": 0}
+    return [key | {"pass": "chunk"} | timed | changes, key | {"pass": "step"} | counted]
+
+
+def streams(seconds: dict[str, float], **changes) -> str:
+    rows = [r for way, s in seconds.items() for r in stream_rows(way, s, **changes)]
+    return table.page({"gpu-1": table.load([json.dumps(r) for r in rows])}, {})
+
+
+def test_page_shows_streams_with_what_a_step_costs():
+    page = streams({"torch.compile": 1.3, "dit_ops, graphs": 1.0, "reference": 2.0})
+    names, ours, compiled, reference = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line][:4]
+    assert ours == (
+        f"| {table.STREAM}, bfloat16 | dit_ops, graphs | 16.0 | 1.0 | 0.01 | 1.30× torch.compile, 2.00× reference "
+        "| 0.4 (9.5) | 0.5–0.7 | 3.00 | 0 | 7 | 12 | 0 |"
+    )
+    assert compiled.startswith("|  | torch.compile | 12.31 | 1.3 | 0.01 |  |") and "| reference |" in reference
+    assert names.count("|") == ours.count("|") == reference.count("|")
+    assert "dit_ops, graphs: kernel of dit_ops, graphs; reference: kernel of reference" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "peer", "limit"), [("f1", "reference", 2.0), ("f2", "torch.compile", 1.3), ("f3", "frames/s", 16.0)]
+)
+def test_page_maps_the_goals_of_streaming(name, peer, limit):
+    full = f"| {name} | generate, chunk | {table.STREAM} |"
+    assert f"| {name} | generate, chunk | | | not measured |" in streams({"dit_ops, graphs": 1.0}, shape="another one")
+    reached = streams({"dit_ops, graphs": 1.0, "torch.compile": 1.3, "reference": 2.0})
+    short = streams({"dit_ops, graphs": 1.01, "torch.compile": 1.3, "reference": 2.0})
+    for page, mark in ((reached, "reached"), (short, "short of goal")):
+        (line,) = [line for line in page.splitlines() if line.startswith(full)]
+        assert peer in line and f"(≥ {limit:g}" in line.replace("2.0×", "2×") and line.endswith(f"| {mark} |")
+        assert f"{page.count('| reached |')} reached, {page.count('| short of goal |')} short of the goal." in page
+    alone = streams({"dit_ops, graphs": 1.0})
+    assert (full in alone) == (name == "f3") and "Goals" not in streams({"dit_ops, eager launches": 1.0})
 
 
 def test_rows_hold_the_sensors_of_a_gpu_and_null_where_they_are_silent(monkeypatch, tmp_path):
@@ -248,19 +296,25 @@ def test_sanitizer_script_runs_kernels():
     assert {line.split()[0] for line in done.stdout.splitlines()} == set(doctor.public_ops())
 
 
-def test_make_gpu_is_a_plan_of_four_steps():
-    done = subprocess.run(["make", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True)
+def test_make_gpu_is_a_plan_of_five_steps():
+    outside = {name: value for name, value in os.environ.items() if name != "GPU_END"}  # this may run inside make gpu
+    done = subprocess.run(["make", "-n", "gpu", "GPU_SECONDS=539"], cwd=ROOT, capture_output=True, text=True, env=outside)
     assert done.returncode == 0, done.stderr
     for step in (
         "build_ext --inplace",
         "-m pytest",
         "tools/sanitize_ops.py",
-        "dit_ops bench",
+        "dit_ops bench generate --device cuda",
+        "dit_ops bench $op",
         "tools/performance_table.py",
     ):
         assert step in done.stdout, step
     limits = [int(seconds) for seconds in re.findall(r"timeout (\d+)", done.stdout)]
-    benches = int(re.search(r"date \+%s\) \+ (\d+)", done.stdout)[1])
-    assert len(limits) == 4 and sum(limits) + benches < 9 * 60
+    assert len(limits) == 5
+    end = int(re.search(r"left=\$\(\((\d+) - \$\(date \+%s\)\)\)", done.stdout)[1])
+    assert 530 < end - time.time() <= 539  # what the benches have is what is left
+    whole = int(re.search(r"GPU_SECONDS \?= (\d+)", (ROOT / "Makefile").read_text())[1])
+    assert whole < 9 * 60 and whole - sum(limits) >= 90
     for op in ("adaln", "qk_norm_rope_prope", "sampler_steps", "ema_update"):
         assert re.search(rf"for op in [^;]*\b{op}\b", done.stdout), op
+    assert not re.search(r"for op in [^;]*\bgenerate\b", done.stdout)

@@ -29,13 +29,14 @@ def test_visible_frames_are_those_of_the_mask(chunks, window, sink):
         for _ in range(2):  # a chunk may be run again
             cache.begin(start, frames, T)
             past = cache.past(0)
-            seen, _ = cache.write(0, k, k)
+            cache.write(0, k, k)
+            seen, _ = cache.visible(0)
             cache.commit()
         recent = 0 if window is None else max(0, end - (window - sink))
         expected = sorted({*range(min(sink, end)), *range(recent, end)})
         assert seen.flatten().unique().tolist() == expected
         assert seen.shape[1] == len(expected) * T
-        assert sorted(cache.visible_frames()) == expected
+        assert sorted(cache.ring.visible(end, end)) == expected
         before = [] if past is None else past[0].flatten().unique().tolist()
         assert before == [f for f in expected if f < start]
         start = end
@@ -47,7 +48,8 @@ def test_same_rule_as_the_block_causal_mask():
     cache = KVCache(1, window_frames=5, sink_frames=1)
     for first, last in layout.blocks:
         cache.begin(first, last - first, T)
-        seen, _ = cache.write(0, frame_values(first, last), frame_values(first, last))
+        cache.write(0, frame_values(first, last), frame_values(first, last))
+        seen, _ = cache.visible(0)
         cache.commit()
         row = mask[first * T].view(-1, T)[:, 0].nonzero().flatten().tolist()
         assert seen.flatten().unique().tolist() == row
@@ -57,7 +59,8 @@ def test_unused_slots_are_never_visible():
     """Slots hold NaN until written (memory is poisoned in tests)."""
     cache = KVCache(1, window_frames=6)
     cache.begin(0, 2, T)
-    seen, _ = cache.write(0, frame_values(0, 2), frame_values(0, 2))
+    cache.write(0, frame_values(0, 2), frame_values(0, 2))
+    seen, _ = cache.visible(0)
     assert torch.isfinite(seen).all()
 
 
@@ -65,7 +68,8 @@ def test_memory_of_a_windowed_cache_is_constant_and_the_buffer_never_moves():
     cache, pointers = KVCache(1, window_frames=4, sink_frames=1), set()
     for frame in range(20):
         cache.begin(frame, 1, T)
-        seen, _ = cache.write(0, frame_values(frame, frame + 1), frame_values(frame, frame + 1))
+        cache.write(0, frame_values(frame, frame + 1), frame_values(frame, frame + 1))
+        seen, _ = cache.visible(0)
         cache.commit()
         pointers.add(seen.data_ptr())
     assert len(pointers) == 1
@@ -91,7 +95,8 @@ def test_reset_forgets_everything():
     cache = KVCache(1, window_frames=3)
     for _ in range(2):
         cache.begin(0, 2, T)
-        seen, _ = cache.write(0, frame_values(0, 2), frame_values(0, 2))
+        cache.write(0, frame_values(0, 2), frame_values(0, 2))
+        seen, _ = cache.visible(0)
         cache.commit()
         assert seen.shape[1] == 2 * T
         cache.reset()

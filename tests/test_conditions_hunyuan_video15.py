@@ -84,14 +84,6 @@ def test_latents_and_pixels_are_the_vaes(condition, stock):
     torch.testing.assert_close(first, latent[:, :1], rtol=0, atol=1e-5)  # the encoder is causal
 
 
-def test_streaming_with_a_short_context_keeps_its_frame_count(directory):
-    condition = HunyuanVideo15Condition(directory, decode_context=1)
-    chunks = list(condition.decode_stream(iter(torch.randn(1, 6, 4, 2, 2).split(2, 1))))
-    assert [chunk.shape[1] for chunk in chunks] == [5, 8, 8]
-    with pytest.raises(ValueError, match="decode_context must be at least 1 or None but is 0"):
-        HunyuanVideo15Condition(directory, decode_context=0)
-
-
 def arguments(backbone: type) -> set[str]:
     return set(inspect.signature(backbone.forward).parameters) - {"self"}
 

@@ -20,13 +20,16 @@ LAYERS = (
     ("kernels",),
     ("__init__", "_library", "ops", "fuse", "testing"),
     (
-        *("layout", "parallel", "masks", "camera", "actions", "rope", "cache", "flow"),
+        *("layout", "parallel", "masks", "camera", "actions", "rope", "ring", "cache", "flow"),
         *("draws", "files", "rooms", "video", "conditions"),
     ),
-    ("backbones", "registry"),
+    ("backbones", "registry", "offload", "float8"),
     ("pipelines",),
     ("training",),
-    ("cli", "convert", "__main__", "demo", "report", "evaluate", "doctor", "bench", "play"),
+    (
+        *("cli", "cli_generate", "preview", "convert", "__main__", "demo", "report", "evaluate", "doctor", "memory"),
+        *("bench", "play"),
+    ),
 )
 
 

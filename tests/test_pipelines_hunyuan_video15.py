@@ -71,9 +71,13 @@ def test_an_image_reaches_all_chunks_and_guidance_passes(condition):
     torch.testing.assert_close(pipeline(PROMPT, pose=POSE, image=image, batched_guidance=True), two, atol=2e-5, rtol=0)
     assert (pipeline(PROMPT, pose=POSE) - two).abs().max() > 1e-3
     with pytest.raises(
-        ValueError, match=r"image must be \[3, 24, 32\] in \[-1, 1\], or one of 1 prompts each, got \[1, 3, 8, 8\]"
+        ValueError, match=r"image must be \[3, 24, 32\] in \[-1, 1\], or one of 1 prompts each, got \[3, 8, 8\]"
     ):
         pipeline(PROMPT, pose=POSE, image=torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="frames must be given for an image"):
+        pipeline(PROMPT, pose=iter([POSE]), image=image)
+    pieces = pipeline(PROMPT, pose=iter(["w*1", "w*1,l*2"]), image=image, frames=5)
+    assert torch.equal(pieces, two)
 
 
 def test_few_step_streaming_equals_teacher_forcing(condition):
@@ -106,11 +110,12 @@ def test_a_model_directory_of_ours(condition, tmp_path):
 def test_actions_follow_the_trajectory_and_stay_out_of_the_context(condition):
     """Labels of the pose in every noisy chunk, none in the rerun of a clean one, as teacher forcing was trained."""
     backbone = model(block_frames=2, action=True).eval()
-    calls, forward = [], backbone.forward
-    backbone.forward = lambda *args, **given: calls.append(given.get("action")) or forward(*args, **given)
+    calls, predict = [], backbone.predict
+    keep = lambda action=None, **_: calls.append(None if action is None else action[0].tolist())
+    backbone.predict = lambda **given: keep(**given) or predict(**given)
     FewStepPipeline(backbone, condition, SMALL.override({"denoising_steps": (1000,)}))(PROMPT, pose="w*2,d*2")
     labels = action_labels(parse_trajectory("w*2,d*2"))
-    assert [None if call is None else call[0].tolist() for call in calls] == [
+    assert calls == [
         labels[:2].tolist(), None, labels[2:4].tolist(), None, labels[4:].tolist()
     ]  # fmt: skip
     assert labels.tolist() == [0, 9, 9, 27, 27]

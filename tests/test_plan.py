@@ -133,3 +133,26 @@ def test_flops_of_hunyuan_video_are_those_that_torch_counts(mode):
     text = T * (T + L if mode == "bidirectional" else T)
     attention = 4 * C * (layers * 2 * (pairs + queries * T) + (layers - 1) * text + refiners * 7 * 7)
     assert flops.forward_flops(model, *call, **given) == linear + 2 * attention
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video15"])
+def test_flops_of_a_rerun_for_keys_are_those_that_torch_counts(name):
+    """The second chunk of 2 frames: linear layers against torch's count; attention in one layer of two, text included."""
+    if name == "wan":
+        model, batch = tiny_wan(2), tiny_batch(2, 4)
+        latents, given = batch["latents"], batch["condition"]
+        frames, (S, T, C) = {key: batch[key] for key in ("viewmats", "Ks")}, (4, 3, 24)
+        attention = 4 * C * (2 * 2 * S * 4 * S + 2 * S * T)
+    else:
+        model, (latents, _, frames) = tiny(block_frames=2), video(2, 4)
+        given, (S, T, C) = {"encoder_hidden_states": torch.randn(2, 7, 12)}, (12, 7, 32)
+        attention = 4 * C * 2 * 2 * S * (4 * S + T)
+    t, cache = torch.zeros(2), model.new_cache(2, *latents.shape[3:])
+    with use_backend("reference"), torch.no_grad():
+        model(latents[:, :2], t, **given, **{k: v[:, :2] for k, v in frames.items()}, cache=cache)
+        call = given | {k: v[:, 2:] for k, v in frames.items()} | {"cache": cache, "start_frame": 2, "keys_only": True}
+        expected = flops.forward_flops(model, latents[:, 2:], t, **call)
+        with FlopCounterMode(display=False) as counter:
+            model(latents[:, 2:], t, **call)
+    counted = counter.get_flop_counts()["Global"]
+    assert expected == counted[torch.ops.aten.addmm] + counted.get(torch.ops.aten.mm, 0) + 2 * attention

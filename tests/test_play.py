@@ -1,27 +1,22 @@
 """The play server over real sockets: steering, turns, slow and vanished clients, nonsense, and who is let in."""
 
 import gc
-import http.client
 import json
 import os
-import socket
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from toy_play import Address, ToyPipeline, running, until
+from toy_play import START, ToyPipeline, get, page, running, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from dit_ops.play.engine import Limits
 from dit_ops.play.protocol import KEYS, MAX_MESSAGE, Keys, Shown, Start, Stop, parse
 from dit_ops.play.stream import Steering
 from dit_ops.video import read_mp4
-
-START = json.dumps({"type": "start", "prompt": "a red room", "seed": 3})
 
 
 @pytest.mark.parametrize(
@@ -80,10 +75,22 @@ def test_a_tap_between_two_steps_is_not_lost():
     steering.press(("w", "l"), 2)
     steering.press(("w",), 3)
     assert [next(steps), next(steps)] == ["w+l*1", "w*1"]
-    assert steering.taken() == ("stay*1,w+l*1,w*1", 3)
+    assert steering.take(3) == ("stay*1,w+l*1,w*1", 0)  # the first of them followed no change
     steering.press((), 4)
     assert [next(steps), next(steps)] == ["stay*1", "stay*1"]
-    assert steering.taken() == ("stay*2", 4)
+    assert steering.take(2) == ("stay*2", 4)
+
+
+def test_a_chunk_has_its_own_steps_when_those_of_the_next_one_are_read():
+    steering = Steering()
+    steps = steering.steps()
+    for number, key in enumerate("wsa", 1):
+        steering.press((key,), number)
+        next(steps), next(steps)
+        steering.press((), 0)
+        if number > 1:
+            assert steering.take(2) == (f"{'wsa'[number - 2]}*2", number - 1)
+    assert steering.take(0) == ("", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -91,65 +98,6 @@ def _no_error_is_logged(caplog):
     """Whatever a client does, no exception escapes into the server's log."""
     yield
     assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
-
-
-class Page:
-    """What the page does, without a browser."""
-
-    def __init__(self, socket: ClientConnection) -> None:
-        self.socket = socket
-        self.frames: list[bytes] = []
-        self.messages: list[dict] = []
-
-    def send(self, kind: str, **content) -> None:
-        self.socket.send(json.dumps({"type": kind, **content}))
-
-    def receive(self, kind: str) -> dict:
-        """The next message of a kind; frames on the way are shown."""
-        while True:
-            message = self.socket.recv(timeout=10)
-            if isinstance(message, bytes):
-                self.frames.append(message)
-                self.send("shown", frame=len(self.frames))
-            else:
-                self.messages.append(json.loads(message))
-                if self.messages[-1]["type"] == kind:
-                    return self.messages[-1]
-
-    def chunk(self) -> dict:
-        """The next chunk with its frames."""
-        chunk = self.receive("chunk")
-        for _ in range(chunk["frames"]):
-            self.frames.append(self.socket.recv(timeout=10))
-        self.send("shown", frame=len(self.frames))
-        return chunk
-
-    def start(self) -> str:
-        self.socket.send(START)
-        self.frames.clear()
-        return self.receive("started")["session"]
-
-    def vanish(self) -> None:
-        self.socket.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.recv_events_thread.join(5)
-
-
-@contextmanager
-def page(address: Address):
-    with connect(address.ws, origin=address.origin, compression=None, close_timeout=2) as connection:
-        client = Page(connection)
-        hello = client.receive("hello")
-        assert hello == {"type": "hello", "fps": 16.0, "prompt": hello["prompt"], "width": 48, "height": 32}
-        yield client
-
-
-def get(address: Address, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection(address.host, address.port, timeout=20)
-    connection.request("GET", path, headers=headers)
-    answer = connection.getresponse()
-    content = answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
-    connection.close()
-    return content
 
 
 def test_keys_steer_the_frames_and_the_video_can_be_saved(tmp_path):
@@ -161,7 +109,7 @@ def test_keys_steer_the_frames_and_the_video_can_be_saved(tmp_path):
         client.send("keys", down=["ArrowLeft", "KeyW"], number=7)
         while (chunk := client.chunk())["keys"] != 7:
             pass
-        assert chunk["pose"] == "w+j*2" and chunk["frames"] == 4 and chunk["seconds"] > 0
+        assert chunk["pose"] == "w+j*2" and chunk["frames"] == 4
         assert client.frames[0][:2] == b"\xff\xd8"  # JPEG
         client.send("stop")
         until(lambda: pipeline.closed == 1)
@@ -224,6 +172,7 @@ def test_the_next_client_waits_for_its_turn_and_places_are_bounded():
                 with pytest.raises(ConnectionClosed):
                     fourth.recv(timeout=5)
             second.vanish()  # while it waits
+            assert third.receive("waiting")["ahead"] == 1
             first.chunk()
             first.send("stop")
             third.receive("started")

@@ -1,5 +1,6 @@
 """What README.md tells its readers to type works: examples run, commands parse, its table is true, its paths exist."""
 
+import argparse
 import os
 import re
 import shlex
@@ -74,6 +75,18 @@ def test_commands_named_in_the_text_parse():
     assert named
     for words in named:
         parser().parse_args(words)
+
+
+def test_options_named_in_the_text_exist():
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    known = {option for command in commands().values() for option in command._option_string_actions}
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]*)", text))
+    assert {"--preview", "--sequence-parallel", "--float8"} <= named <= known
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (action,) = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return action.choices
 
 
 @pytest.mark.slow

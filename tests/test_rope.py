@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -31,3 +33,17 @@ def test_tables_made_while_sampling_serve_training():
 def test_bad_splits():
     with pytest.raises(ValueError, match="sum to head_dim = 64, got"):
         Rope3D(64, splits=(16, 24, 22))
+
+
+@pytest.mark.parametrize("first, last", [(0, 3), (1022, 1025), (7, 7), (99_990, 100_000)])
+def test_rows_are_those_of_the_table(first, last):
+    rope = Rope3D(16, splits=(8, 4, 4))
+    assert torch.equal(rope.rows(first, last), rope.tables(last, 1, 1)[0][first:last])
+
+
+def test_rows_of_late_frames():
+    """After a year of 4 latent frames per second an angle is still exact to fp32."""
+    frame, splits = 126_000_000, (44, 42, 42)
+    (row,) = Rope3D(128, splits=splits).rows(frame, frame + 1)
+    angles = [frame * 10000.0 ** (-2 * i / splits[0]) for i in range(22)]
+    assert torch.equal(row, torch.tensor([[math.cos(a), math.sin(a)] for a in angles], dtype=torch.float32))

@@ -14,7 +14,8 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-KEYS = {"KeyW": ("w", 87), "ArrowRight": ("ArrowRight", 39), "Enter": ("Enter", 13)}
+KEYS = {"KeyW": ("w", 87), "ArrowRight": ("ArrowRight", 39), "Enter": ("Enter", 13), "MetaLeft": ("Meta", 91)}
+TEXT = {"KeyW": "w", "Enter": "\r"}
 
 
 class Browser:
@@ -51,19 +52,22 @@ class Browser:
             time.sleep(0.02)
         return value
 
-    def key(self, code: str, down: bool) -> None:
+    def key(self, code: str, down: bool, **options: Any) -> None:
         key, number = KEYS[code]
-        text = {"text": "\r"} if code == "Enter" and down else {}
+        text = {"text": TEXT[code]} if code in TEXT and down else {}
         kind = "keyDown" if down else "keyUp"
-        self.call("Input.dispatchKeyEvent", type=kind, code=code, key=key, windowsVirtualKeyCode=number, **text)
+        self.call("Input.dispatchKeyEvent", type=kind, code=code, key=key, windowsVirtualKeyCode=number, **text, **options)
 
     def click(self, name: str) -> None:
-        box = self.evaluate(
-            f"(() => {{ const r = document.getElementById({name!r}).getBoundingClientRect(); "
-            "return [r.x + r.width / 2, r.y + r.height / 2] })()"
-        )
+        x, y = self.middle(f"#{name}")
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def middle(self, selector: str) -> tuple[float, float]:
+        """Where an element is in the window."""
+        box = f"document.querySelector({selector!r}).getBoundingClientRect()"
+        x, y = self.evaluate(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({box})")
+        return x, y
 
 
 @contextmanager

@@ -42,16 +42,12 @@ class Costs:
     whole: int
     forced: int
     blocks: tuple[int, ...]
+    rerun: int  # of all blocks but the last, for their keys and values
 
     @property
     def sweep(self) -> int:
         """All blocks at one noise level."""
         return sum(self.blocks)
-
-    @property
-    def rerun(self) -> int:
-        """The clean reruns: the last block needs none."""
-        return sum(self.blocks[:-1])
 
 
 def costs_of(backbone: Any, video: dict[str, Any], block_frames: int) -> Costs:
@@ -61,13 +57,13 @@ def costs_of(backbone: Any, video: dict[str, Any], block_frames: int) -> Costs:
     backbone.block_frames = block_frames
     _, frames, _, height, width = latents.shape
     count = lambda x, **more: forward_flops(backbone, x, x[:, 0, 0, 0, 0], **given, **more)
-    blocks = []
+    blocks, reruns = [], []
     with torch.no_grad():
         for first, last in VideoLayout(frames, height, width, block_frames).blocks:
-            stored = first > 0  # the text's keys and values, since the first block
-            cache = SimpleNamespace(window_frames=None, text_is=lambda *_, stored=stored: stored)
-            blocks.append(count(latents[:, first:last], cache=cache, start_frame=first))
-    return Costs(count(latents), count(latents, clean_latents=latents), tuple(blocks))
+            chunk: dict[str, Any] = {"cache": SimpleNamespace(window_frames=None), "start_frame": first}
+            blocks.append(count(latents[:, first:last], **chunk))
+            reruns.append(count(latents[:, first:last], **chunk, keys_only=True))
+    return Costs(count(latents), count(latents, clean_latents=latents), tuple(blocks), sum(reruns[:-1]))
 
 
 def tokens_per_frame(backbone: Any, latent: tuple[int, ...]) -> int:

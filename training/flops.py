@@ -60,8 +60,9 @@ def wan(backbone: Any, latents: Tensor, timestep: Tensor, encoder_hidden_states:
     camera = backbone.camera if given.get("viewmats") is not None else None
     M, seen = layout.halves * layout.tokens, pairs(layout, past)
     embedder = t.condition_embedder
-    stored = given.get("cache") is not None and not torch.is_grad_enabled() and given["cache"].text_is(encoder_hidden_states)
-    total = B * (linear(M, t.patch_embedding) + linear(layout.tokens, t.proj_out))
+    stored = given.get("cache") is not None and not torch.is_grad_enabled() and given.get("start_frame", 0) > 0
+    keys_only = given.get("keys_only", False)
+    total = B * (linear(M, t.patch_embedding) + (0 if keys_only else linear(layout.tokens, t.proj_out)))
     total += B * (linears(rows, embedder.time_embedder) + linear(rows, embedder.time_proj))
     total += 0 if stored else B * linears(T, embedder.text_embedder)
     total += B * linears(image.shape[1], embedder.image_embedder) if image is not None else 0
@@ -69,12 +70,14 @@ def wan(backbone: Any, latents: Tensor, timestep: Tensor, encoder_hidden_states:
         own, cross = block.attn1, block.attn2
         C = own.to_q.out_features
         keys = T + (image.shape[1] if image is not None else 0)
+        total += 0 if stored else B * linear(T, cross.to_k, cross.to_v)
+        total += B * linear(image.shape[1], cross.add_k_proj, cross.add_v_proj) if image is not None else 0
+        if keys_only and i == len(t.blocks) - 1:
+            return total + B * linear(M, own.to_k, own.to_v)
         total += B * (linear(M, own.to_q, own.to_k, own.to_v, own.to_out[0]) + linears(M, block.ffn))
         total += B * (linear(M, camera[i]) if camera is not None else 0)
         total += B * 4 * seen * C * (1 if camera is None else 2)
         total += B * (linear(M, cross.to_q, cross.to_out[0]) + 4 * M * keys * C)
-        total += 0 if stored else B * linear(T, cross.to_k, cross.to_v)
-        total += B * linear(image.shape[1], cross.add_k_proj, cross.add_v_proj) if image is not None else 0
     return total
 
 
@@ -88,8 +91,10 @@ def hunyuan_video15(backbone: Any, latents: Tensor, timestep: Tensor, encoder_hi
     stored = given.get("cache") is not None and not torch.is_grad_enabled() and given.get("start_frame", 0) > 0
     joint = layout.halves == 1 and given.get("cache") is None
     action = backbone.action if given.get("action") is not None else None
-    total = B * (linear(M, t.x_embedder.proj) + linear(layout.tokens, t.proj_out) + linear(latents.shape[1], t.norm_out.linear))
-    total += B * (linears(rows + 1, t.time_embed) + linears(latents.shape[1], action))
+    keys_only = given.get("keys_only", False)
+    head = 0 if keys_only else linear(layout.tokens, t.proj_out) + linear(latents.shape[1], t.norm_out.linear)
+    total = B * (linear(M, t.x_embedder.proj) + head)
+    total += B * (linears(rows + (not stored), t.time_embed) + linears(latents.shape[1], action))
     tokens = T
     if not stored:
         refiner = t.context_embedder
@@ -104,9 +109,6 @@ def hunyuan_video15(backbone: Any, latents: Tensor, timestep: Tensor, encoder_hi
     for i, block in enumerate(t.transformer_blocks):
         attn, last = block.attn, i == len(t.transformer_blocks) - 1
         C = attn.to_q.out_features
-        total += B * (linear(rows, block.norm1.linear) + linear(M, attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]))
-        total += B * (linears(M, block.ff) + (linear(M, camera[i]) if camera is not None else 0))
-        total += B * 4 * (own_pairs + M * tokens) * C * (1 if camera is None else 2)
         if not stored:
             total += B * (
                 linear(1, block.norm1_context.linear) + linear(tokens, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -114,6 +116,11 @@ def hunyuan_video15(backbone: Any, latents: Tensor, timestep: Tensor, encoder_hi
             if not last:
                 keys = tokens + (layout.tokens if joint else 0)
                 total += B * (linear(tokens, attn.to_add_out) + linears(tokens, block.ff_context) + 4 * tokens * keys * C)
+        if keys_only and last:
+            return total + B * (linear(rows, block.norm1.linear) + linear(M, attn.to_k, attn.to_v))
+        total += B * (linear(rows, block.norm1.linear) + linear(M, attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]))
+        total += B * (linears(M, block.ff) + (linear(M, camera[i]) if camera is not None else 0))
+        total += B * 4 * (own_pairs + M * tokens) * C * (1 if camera is None else 2)
     return total
 
 

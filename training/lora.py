@@ -29,6 +29,7 @@ def add_lora(backbone: Any, rank: int, alpha: int | None = None, targets: Sequen
     from peft import LoraConfig
 
     check_lora(rank, targets)
+    check_resident(backbone)
     if has_lora(backbone):
         raise ValueError("lora: this backbone has adapters: merge them first")
     names = "|".join(name.replace(".", r"\.") for target in targets for name in TARGETS[target])
@@ -42,6 +43,12 @@ def check_lora(rank: int, targets: Sequence[str]) -> None:
         raise ValueError(f"lora: rank must be at least 1, got {rank}")
     if not targets or any(target not in TARGETS for target in targets):
         raise ValueError(f"lora: targets must be some of {', '.join(TARGETS)}, got {list(targets)}")
+
+
+def check_resident(backbone: Any) -> None:
+    """PEFT writes weights where nothing sees it: a copy of them on the GPU would stay as it is."""
+    if getattr(backbone, "offloaded", False):
+        raise ValueError("lora: adapters are added and merged before offload_blocks, got an offloaded backbone")
 
 
 def has_lora(backbone: Any) -> bool:
@@ -76,6 +83,7 @@ def save_lora(backbone: Any, directory: str | Path) -> Path:
 
 def load_lora(backbone: Any, directory: str | Path) -> None:
     """Reads what save_lora, or diffusers, wrote. ValueError: a damaged file, or adapters of another model."""
+    check_resident(backbone)
     path = Path(directory) / FILE if Path(directory).is_dir() else Path(directory)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected LoRA weights")
@@ -91,6 +99,7 @@ def load_lora(backbone: Any, directory: str | Path) -> None:
 @torch.no_grad()
 def merge_lora(backbone: Any) -> None:
     """Adds every adapter's `(alpha / rank)·B·A` to its weight and removes it: the same function, and a stock state dict."""
+    check_resident(backbone)
     if not has_lora(backbone):
         raise ValueError("lora: this backbone has no adapters to merge")
     backbone.transformer.fuse_lora()

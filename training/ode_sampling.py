@@ -138,7 +138,7 @@ def sample_trajectories(
             x = cfg_euler_step(x, cond, uncond[0] if uncond else None, config.guidance, sigmas[i], sigmas[i + 1])
         out[:, -2, first:last] = x
         if last < frames:
-            generator(copies(clean[:, first:last]), x.new_zeros(rows), **of_clean(given), **chunk)
+            generator(copies(clean[:, first:last]), x.new_zeros(rows), **of_clean(given), **chunk, keys_only=True)
     return out
 
 

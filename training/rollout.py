@@ -65,5 +65,5 @@ def inference_with_trajectory(
                 x = renoise(x, flow.detach(), eps, t[j] / 1000, t[j + 1] / 1000)
         if last < frames:
             with torch.no_grad():
-                generator(x0.detach(), noise.new_zeros(B), **of_clean(given), **chunk)
+                generator(x0.detach(), noise.new_zeros(B), **of_clean(given), **chunk, keys_only=True)
     return torch.cat(pred, dim=1), t[exit_step], t[exit_step + 1]

@@ -13,6 +13,9 @@ from torch import Tensor
 class Condition(Protocol):
     """What training data, pipelines and the demo ask of a condition side."""
 
+    offload: bool
+    """Text and image encoders are on the device only while they encode."""
+
     @property
     def latent_channels(self) -> int: ...
 
@@ -58,8 +61,16 @@ class Condition(Protocol):
         """[B, F, latent_channels, h, w] -> [B, Fp, 3, H, W] in [-1, 1]."""
         ...
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Chunks of latent frames -> their pixels as they come; together what decode_to_pixel gives for all of them."""
+    def decode_stream(self, chunks: Iterable[Tensor], *, context: int | None = None) -> Iterator[Tensor]:
+        """Chunks of latent frames -> their pixels as they come; together what decode_to_pixel gives for all of them.
+
+        context: latent frames of the past that a decoder without state decodes again with each chunk, which bounds its memory;
+        None: all, which is exact. A decoder that keeps its own past is exact and bounded, and needs none.
+        """
+        ...
+
+    def enable_tiling(self) -> None:
+        """The VAE works on overlapping tiles, one after the other: less memory, nearly the same pixels."""
         ...
 
     def latent_frames(self, pixel_frames: int) -> int: ...

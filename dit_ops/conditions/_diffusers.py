@@ -3,6 +3,9 @@
 import importlib
 import json
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +21,8 @@ class DiffusersComponents(TwoSteps):
     """Components named by model_index.json; using one that the directory lacks is a ValueError.
 
     text_dtype: of text and image encoders, None: as stored; the VAE runs in vae_dtype
+    offload: the encoders' weights stay in host memory and are copied to the device for the length of an encode_text or
+    encode_image; with tiling, what a stream's waiting tiles remember waits there, too
     A subclass says in `classes` which components it knows, and of which class they must be (None: any).
     """
 
@@ -45,6 +50,8 @@ class DiffusersComponents(TwoSteps):
                 raise ValueError(f"{index}: {name} must be of {' or '.join(LIBRARIES)} but is of {library!r}")
         self._text_dtype, self._vae_dtype = text_dtype, vae_dtype
         self._loaded: dict[str, Any] = {}
+        self._lock = threading.RLock()  # loading patches torch's initialisers; offload and a VAE keep state on the module
+        self._offload = False
         self.device = torch.device(device)
 
     @classmethod
@@ -62,12 +69,57 @@ class DiffusersComponents(TwoSteps):
             index[name] = list(entry)
         (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    @property
+    def offload(self) -> bool:
+        return self._offload
+
+    @offload.setter
+    def offload(self, value: bool) -> None:
+        self._offload = value
+        self.to(self.device)
+
     def to(self, device: torch.device | str) -> Self:
         self.device = torch.device(device)
-        for component in self._loaded.values():
+        for name, component in self._loaded.items():
             if isinstance(component, torch.nn.Module):
-                component.to(self.device)
+                component.to(self._home(name))
         return self
+
+    def _home(self, name: str) -> torch.device:
+        """Where a component's weights lie between calls."""
+        return torch.device("cpu") if self._offload and name != "vae" else self.device
+
+    @contextmanager
+    def on_device(self, name: str) -> Iterator[Any]:
+        """An encoder, on the device for the length of a with block.
+
+        Weights are frozen: their host tensors are kept and put back, nothing is copied from the device.
+        """
+        encoder = self.component(name)
+        if not self._offload:
+            yield encoder
+            return
+        with self._lock:
+            tensors = [(tensor, tensor.data) for tensor in (*encoder.parameters(), *encoder.buffers())]
+            try:
+                for tensor, host in tensors:
+                    tensor.data = host.to(self.device)
+                yield encoder
+            finally:
+                for tensor, host in tensors:
+                    tensor.data = host
+
+    def enable_tiling(self, **tiles: int) -> None:
+        """The VAE works on overlapping tiles, one after the other, and blends them: less memory, nearly the same pixels.
+
+        tiles: as of the VAE's own enable_tiling in diffusers, such as tile_sample_min_height in pixels. Loads the VAE.
+        """
+        self.component("vae").enable_tiling(**tiles)
+
+    def _on_host(self) -> bool:
+        """Does what waiting tiles of a stream remember lie in host memory?"""
+        vae = self.component("vae")
+        return self._offload and vae.use_tiling and vae.device.type != "cpu"
 
     def _config(self, name: str, file: str = "config.json") -> dict[str, Any]:
         path = self.directory / name / file
@@ -75,11 +127,14 @@ class DiffusersComponents(TwoSteps):
 
     def component(self, name: str) -> Any:
         """A component, loaded now if it was not. ValueError: the directory has none."""
-        if name not in self._loaded:
-            if name not in self._index or not (self.directory / name).is_dir():
-                raise ValueError(f"{self.directory} has no {name}: its model_index.json and a folder {name}/ must provide one")
-            self._loaded[name] = self._load(name)
-        return self._loaded[name]
+        with self._lock:
+            if name not in self._loaded:
+                if name not in self._index or not (self.directory / name).is_dir():
+                    raise ValueError(
+                        f"{self.directory} has no {name}: its model_index.json and a folder {name}/ must provide one"
+                    )
+                self._loaded[name] = self._load(name)
+            return self._loaded[name]
 
     def _load(self, name: str) -> Any:
         library, class_name = self._index[name]
@@ -92,7 +147,7 @@ class DiffusersComponents(TwoSteps):
             model.use_slicing = True  # one video at a time: same result, a batch's memory less
         else:
             model = cls.from_pretrained(folder, dtype=self._text_dtype or "auto", local_files_only=True)
-        return model.eval().requires_grad_(False).to(self.device)
+        return model.eval().requires_grad_(False).to(self._home(name))
 
     def latent_frames(self, pixel_frames: int) -> int:
         """1 + (Fp - 1) / stride: the first pixel frame has a latent frame of its own. ValueError: not a whole number."""

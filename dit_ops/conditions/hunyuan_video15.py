@@ -1,12 +1,13 @@
 """HunyuanVideo 1.5's condition side from a diffusers model directory: Qwen2.5-VL text, byT5 glyphs, SigLIP image, VAE."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_ops.conditions._diffusers import DiffusersComponents
+from dit_ops.conditions._hunyuan_video15_decoder import HunyuanVideo15Decoder
+from dit_ops.conditions._streaming import decode_chunks
 from dit_ops.conditions.arguments import image_condition
 
 TEXT_LEN = 1000  # tokens behind the prompt template
@@ -17,10 +18,7 @@ STATES = {  # our name of what a text encoder gives
 
 
 class HunyuanVideo15Condition(DiffusersComponents):
-    """Components as in diffusers' HunyuanVideo15Pipeline, or HunyuanVideo15ImageToVideoPipeline with its image encoder.
-
-    decode_context: latent frames of the past that decode_stream decodes again with each chunk; None: all, which is exact
-    """
+    """Components as in diffusers' HunyuanVideo15Pipeline, or HunyuanVideo15ImageToVideoPipeline with its image encoder."""
 
     classes = {
         "tokenizer": None,
@@ -32,12 +30,6 @@ class HunyuanVideo15Condition(DiffusersComponents):
         "vae": "AutoencoderKLHunyuanVideo15",
     }
     text_len = TEXT_LEN
-
-    def __init__(self, directory: Any, *, decode_context: int | None = None, **options: Any) -> None:
-        super().__init__(directory, **options)
-        if decode_context is not None and decode_context < 1:
-            raise ValueError(f"decode_context must be at least 1 or None but is {decode_context}")
-        self.decode_context = decode_context
 
     @property
     def latent_channels(self) -> int:
@@ -66,10 +58,10 @@ class HunyuanVideo15Condition(DiffusersComponents):
         """
         from diffusers import HunyuanVideo15Pipeline as Stock
 
-        text = Stock._get_mllm_prompt_embeds(self.component("text_encoder"), self.component("tokenizer"), prompts, self.device)
-        glyphs = Stock._get_byt5_prompt_embeds(
-            self.component("tokenizer_2"), self.component("text_encoder_2"), prompts, self.device
-        )
+        with self.on_device("text_encoder") as encoder:
+            text = Stock._get_mllm_prompt_embeds(encoder, self.component("tokenizer"), prompts, self.device)
+        with self.on_device("text_encoder_2") as encoder:
+            glyphs = Stock._get_byt5_prompt_embeds(self.component("tokenizer_2"), encoder, prompts, self.device)
         states: dict[str, Tensor] = {}
         for (name, mask_name), (values, mask) in zip(STATES.items(), (text, glyphs), strict=True):
             states |= {name: values, mask_name: mask.bool()}
@@ -79,9 +71,9 @@ class HunyuanVideo15Condition(DiffusersComponents):
     def encode_image(self, image: Tensor, frames: int) -> dict[str, Tensor]:
         """First frames [B, 3, H, W] in [-1, 1] -> image_embeds [B, 729, C], condition_latents [B, frames, Cz + 1, h, w]."""
         levels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        encoder = self.component("image_encoder")
-        inputs = self.component("feature_extractor").preprocess(images=list(levels), do_resize=True, return_tensors="pt")
-        states = encoder(inputs.pixel_values.to(self.device, encoder.dtype)).last_hidden_state
+        with self.on_device("image_encoder") as encoder:
+            inputs = self.component("feature_extractor").preprocess(images=list(levels), do_resize=True, return_tensors="pt")
+            states = encoder(inputs.pixel_values.to(self.device, encoder.dtype)).last_hidden_state
         return {"image_embeds": states, "condition_latents": image_condition(self.encode_to_latent(image[:, None]), frames)}
 
     @torch.no_grad()
@@ -92,25 +84,30 @@ class HunyuanVideo15Condition(DiffusersComponents):
         z = vae.encode(pixel.transpose(1, 2).to(self.device, vae.dtype)).latent_dist.mode().float()
         return (z * vae.config.scaling_factor).transpose(1, 2)
 
+    def _denormalised(self, latent: Tensor) -> Tensor:
+        """[B, F, Cz, h, w] -> the VAE's own latents [B, Cz, F, h, w] in its dtype."""
+        vae = self.component("vae")
+        return (latent.transpose(1, 2).to(self.device, torch.float32) / vae.config.scaling_factor).to(vae.dtype)
+
     @torch.no_grad()
     def decode_to_pixel(self, latent: Tensor) -> Tensor:
         """[B, F, Cz, h, w] -> [B, 1 + 4 (F - 1), 3, 16 h, 16 w] in [-1, 1] fp32."""
-        vae = self.component("vae")
-        z = latent.transpose(1, 2).to(self.device, torch.float32) / vae.config.scaling_factor
-        return vae.decode(z.to(vae.dtype)).sample.float().clamp(-1, 1).transpose(1, 2)
+        return self.component("vae").decode(self._denormalised(latent)).sample.float().clamp(-1, 1).transpose(1, 2)
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, chunks: Iterable[Tensor], *, context: int | None = None) -> Iterator[Tensor]:
         """Latents [B, F_i, Cz, h, w] chunk by chunk -> their pixels as they come; together decode_to_pixel of all of them.
 
-        The decoder is causal but keeps no state, and its attention sees the whole past: the past is decoded again.
+        The decoder is causal and a stream keeps its past, so each frame is decoded once. One layer of it is an attention over
+        the whole past: its keys and values, one row of the latent grid each, grow with the video.
+        context: that attention sees the last `context` latent frames only; memory is bounded, and pixels are nearly the same
         """
-        past: Tensor | None = None
-        for chunk in chunks:
-            new = chunk.shape[1] * self.temporal_stride if past is not None else self.pixel_frames(chunk.shape[1])
-            past = chunk if past is None else torch.cat([past, chunk], dim=1)
-            yield self.decode_to_pixel(past)[:, -new:]
-            if self.decode_context is not None:
-                past = past[:, -self.decode_context :]
+        if context is not None and context < 1:
+            raise ValueError(f"context must be at least 1 latent frame or None but is {context}")
+        return decode_chunks(
+            chunks,
+            self._denormalised,
+            lambda: HunyuanVideo15Decoder(self.component("vae"), context=context, on_host=self._on_host()),
+        )
 
     def summary(self) -> dict[str, object]:
         """What a data set records of the condition side that made it."""

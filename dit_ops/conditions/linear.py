@@ -92,9 +92,13 @@ class HashTextEmbedder:
 
 
 class LinearCondition(TwoSteps):
-    """PatchCodec + HashTextEmbedder behind the interface of every condition side; one latent frame per pixel frame."""
+    """PatchCodec + HashTextEmbedder behind the interface of every condition side; one latent frame per pixel frame.
+
+    offload and enable_tiling change nothing: the embedder lies in host memory, the codec is a matrix applied patch by patch.
+    """
 
     temporal_stride = 1
+    offload = False
 
     def __init__(self, codec: PatchCodec, text: HashTextEmbedder | None = None) -> None:
         self.codec, self.text = codec, text or HashTextEmbedder()
@@ -139,8 +143,11 @@ class LinearCondition(TwoSteps):
         """[B, F, channels, h, w] -> [B, F, 3, h p, w p] in [-1, 1] fp32."""
         return self.codec.decode(latent.to(self.device, torch.float32))
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Chunks of latent frames -> their pixels as they come; frames are independent."""
+    def enable_tiling(self) -> None:
+        """Patches are tiles already."""
+
+    def decode_stream(self, chunks: Iterable[Tensor], *, context: int | None = None) -> Iterator[Tensor]:
+        """Chunks of latent frames -> their pixels as they come; frames are independent and need no context."""
         yield from map(self.decode_to_pixel, chunks)
 
     def summary(self) -> dict[str, object]:

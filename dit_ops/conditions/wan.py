@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from dit_ops.conditions._diffusers import DiffusersComponents
+from dit_ops.conditions._streaming import decode_chunks
+from dit_ops.conditions._wan_decoder import WanDecoder
 from dit_ops.conditions.arguments import image_condition
 
 TEXT_LEN = 512  # tokens Wan was trained with
@@ -30,6 +32,7 @@ class WanCondition(DiffusersComponents):
         super().__init__(directory, **options)
         limit = self._config("tokenizer", "tokenizer_config.json").get("model_max_length")
         self.text_len = min(TEXT_LEN, int(limit or TEXT_LEN))
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _vae_config(self, key: str, default: Any) -> Any:
         if "vae" not in self._index:
@@ -70,7 +73,8 @@ class WanCondition(DiffusersComponents):
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.device)
-        states = self.component("text_encoder")(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        with self.on_device("text_encoder") as encoder:
+            states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return {"encoder_hidden_states": states.masked_fill(tokens.attention_mask[..., None] == 0, 0)}
 
     @torch.no_grad()
@@ -89,59 +93,49 @@ class WanCondition(DiffusersComponents):
         known = {"condition_latents": torch.cat([mask, latents], dim=2)}
         if "image_encoder" in self._index:
             levels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-            encoder = self.component("image_encoder")
-            inputs = self.component("image_processor")(images=list(levels), return_tensors="pt")
-            states = encoder(inputs.pixel_values.to(self.device, encoder.dtype), output_hidden_states=True).hidden_states
+            with self.on_device("image_encoder") as encoder:
+                inputs = self.component("image_processor")(images=list(levels), return_tensors="pt")
+                states = encoder(inputs.pixel_values.to(self.device, encoder.dtype), output_hidden_states=True).hidden_states
             known["encoder_hidden_states_image"] = states[-2]
         return known
 
-    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latent channels, [1, Cz, 1, 1, 1] fp32."""
-        config = self.component("vae").config
-        mean, std = torch.tensor([config.latents_mean, config.latents_std], device=like.device).view(2, 1, -1, 1, 1, 1)
-        return mean, std
+    def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latent channels, [1, Cz, 1, 1, 1] fp32; copied to a device once."""
+        if device not in self._constants:
+            config = self.component("vae").config
+            mean, std = torch.tensor([config.latents_mean, config.latents_std], device=device).view(2, 1, -1, 1, 1, 1)
+            self._constants[device] = mean, std
+        return self._constants[device]
 
     @torch.no_grad()
     def encode_to_latent(self, pixel: Tensor) -> Tensor:
         """[B, Fp, 3, H, W] in [-1, 1] -> (posterior mode - mean) / std, [B, 1 + (Fp - 1) / 4, Cz, H / 8, W / 8] fp32."""
         self.check_pixel(pixel, self.spatial_stride)
         vae = self.component("vae")
-        z = vae.encode(pixel.transpose(1, 2).to(self.device, vae.dtype)).latent_dist.mode().float()
-        mean, std = self._moments(z)
+        with self._lock:  # the VAE keeps its feature caches on the module
+            z = vae.encode(pixel.transpose(1, 2).to(self.device, vae.dtype)).latent_dist.mode().float()
+        mean, std = self._moments(z.device)
         return ((z - mean) / std).transpose(1, 2)
 
     def _denormalised(self, latent: Tensor) -> Tensor:
         """[B, F, Cz, h, w] -> the VAE's own latents [B, Cz, F, h, w] in its dtype."""
         z = latent.transpose(1, 2).to(self.device, torch.float32)
-        mean, std = self._moments(z)
+        mean, std = self._moments(z.device)
         return (z * std + mean).to(self.component("vae").dtype)
 
     @torch.no_grad()
     def decode_to_pixel(self, latent: Tensor) -> Tensor:
         """[B, F, Cz, h, w] -> [B, 1 + 4 (F - 1), 3, 8 h, 8 w] in [-1, 1] fp32."""
-        return self.component("vae").decode(self._denormalised(latent)).sample.float().transpose(1, 2)
+        with self._lock:
+            return self.component("vae").decode(self._denormalised(latent)).sample.float().transpose(1, 2)
 
-    @torch.no_grad()
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, chunks: Iterable[Tensor], *, context: int | None = None) -> Iterator[Tensor]:
         """Latents [B, F_i, Cz, h, w] chunk by chunk -> their pixels as they come; together decode_to_pixel of all of them.
 
-        The decoder is causal and keeps its own past, so each latent frame is decoded once.
+        The decoder is causal and a stream keeps its past, so each frame is decoded once, in memory that does not grow;
+        context changes nothing.
         """
-        vae = self.component("vae")
-        vae.clear_cache()
-        cache, first = list(vae._feat_map), True
-        for chunk in chunks:
-            z = vae.post_quant_conv(self._denormalised(chunk))
-            frames = []
-            for i in range(z.shape[2]):
-                frames.append(vae.decoder(z[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=first))
-                first = False
-            pixel = torch.cat(frames, 2)
-            if vae.config.patch_size is not None:
-                from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-                pixel = unpatchify(pixel, patch_size=vae.config.patch_size)
-            yield pixel.float().clamp(-1, 1).transpose(1, 2)
+        return decode_chunks(chunks, self._denormalised, lambda: WanDecoder(self.component("vae"), on_host=self._on_host()))
 
     def summary(self) -> dict[str, object]:
         """What a data set records of the condition side that made it."""

@@ -1,21 +1,26 @@
 """One connected page: a receiver, a sender with a bounded queue, and while it plays a task that asks the model for chunks.
 
 Any of them ending ends the connection. A stream is stopped by cancelling its task: the generator is then closed on the model's
-thread behind the chunk that is being computed, and only after that the next client has its turn.
+thread behind the network step that is being computed, and only after that the next client has its turn.
 """
 
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
 from dit_ops.play.engine import Engine
 from dit_ops.play.protocol import Keys, Shown, Start, parse
-from dit_ops.play.stream import Stream
+from dit_ops.play.stream import Chunk, Stream
 
 log = logging.getLogger(__name__)
+
+
+class _Stalled(Exception):
+    """The page shows no more frames."""
 
 
 class Client:
@@ -76,7 +81,7 @@ class Client:
             if self.stream is not None:
                 self.stream.steering.press(message.down, message.number)
         elif isinstance(message, Shown):
-            made = 0 if self.stream is None else self.stream.frames
+            made = 0 if self.stream is None else self.stream.sent
             if not self.shown <= message.frame <= made:
                 raise ValueError(f"shown: frame must be from {self.shown} to the {made} sent so far, got {message.frame}")
             if message.frame > self.shown:
@@ -87,61 +92,77 @@ class Client:
 
     async def _play(self, start: Start) -> None:
         engine = self.engine
-        engine.asking += 1
-        try:
-            if engine.turn.locked():
-                await self.tell("waiting", ahead=engine.asking - 1)
-            async with engine.turn:
-                self._forget()
-                stream = self.stream = engine.new_stream(start.prompt, start.seed)
-                engine.streams[stream.name] = stream
-                self.shown = 0
-                await self.tell("started", session=stream.name)
-                try:
-                    await self._produce(stream)
-                finally:
-                    await asyncio.shield(asyncio.ensure_future(engine.on_model(stream.close)))
-        finally:
-            engine.asking -= 1
+        async with engine.turn(self._wait):
+            self._forget()
+            stream = self.stream = engine.new_stream(start.prompt, start.seed)
+            engine.streams[stream.name] = stream
+            self.shown = 0
+            await self.tell("started", session=stream.name)
+            try:
+                await self._produce(stream)
+            finally:
+                stream.stop()
+                await asyncio.shield(asyncio.ensure_future(engine.on_model(stream.close)))
+
+    def _wait(self, ahead: int) -> None:
+        with suppress(asyncio.QueueFull):  # a page that takes no data need not know
+            self.out.put_nowait(json.dumps({"type": "waiting", "ahead": ahead}))
 
     async def _produce(self, stream: Stream) -> None:
-        limits = self.engine.limits
-        ahead = limits.ahead_seconds * self.engine.settings.fps
-        while True:
-            while stream.frames - self.shown > ahead:
-                if not await self._shown_more():
-                    await self.tell("error", message=f"nothing was shown for {limits.stall_seconds:g} seconds")
-                    await self.out.put(None)
-                    return
-            try:
+        """Chunk after chunk: the model computes one while the frames of the one before are encoded and sent."""
+        ahead = self.engine.limits.ahead_seconds * self.engine.settings.fps
+        sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sending.set_result(None)
+        try:
+            while True:
+                while stream.frames - self.shown > ahead:
+                    await (self._shown_more() if sending.done() else sending)
                 chunk = await self.engine.on_model(stream.next_chunk)
-            except (ValueError, RuntimeError) as error:
-                await self.tell("error", message=" ".join(str(error).split()))
-                chunk = None
-            if chunk is None:
-                await self.tell("ended")
-                return
-            await self.tell("chunk", frames=len(chunk.frames), pose=chunk.pose, keys=chunk.keys, seconds=chunk.seconds)
-            for frame in chunk.frames:
-                await self.out.put(frame)
+                await sending
+                if chunk is None:
+                    break
+                sending = asyncio.create_task(self._deliver(stream, chunk))
+        except _Stalled as error:
+            await self.tell("error", message=str(error))
+            await self.out.put(None)
+            return
+        except (ValueError, RuntimeError, OSError) as error:
+            await asyncio.wait([sending])  # frames from before the error come first
+            await self.tell("error", message=" ".join(str(error).split()))
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        await self.tell("ended")
 
-    async def _shown_more(self) -> bool:
-        """Waits for the page to show a frame; False: it did not in time. (wait_for may swallow a cancellation.)"""
+    async def _deliver(self, stream: Stream, chunk: Chunk) -> None:
+        frames = await self.engine.jpegs(chunk.images)
+        stream.kept.extend(frames)
+        stream.sent += len(frames)
+        await self.tell("chunk", frames=len(frames), pose=chunk.pose, keys=chunk.keys)
+        for frame in frames:
+            await self.out.put(frame)
+
+    async def _shown_more(self) -> None:
+        """Waits for the page to show a frame. (wait_for may swallow a cancellation.)"""
         before = self.shown
         self.progress.clear()
-        late = asyncio.get_running_loop().call_later(self.engine.limits.stall_seconds, self.progress.set)
+        seconds = self.engine.limits.stall_seconds
+        late = asyncio.get_running_loop().call_later(seconds, self.progress.set)
         try:
             await self.progress.wait()
         finally:
             late.cancel()
-        return self.shown > before
+        if self.shown == before:
+            raise _Stalled(f"nothing was shown for {seconds:g} seconds")
 
     def _played(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the stream of a client failed", exc_info=error)
-            while self.out.full():
-                self.out.get_nowait()
-            self.out.put_nowait(None)
+            sorry = f"the server failed with a {type(error).__name__}; its log says more"
+            for message in (json.dumps({"type": "error", "message": sorry}), None):
+                while self.out.full():
+                    self.out.get_nowait()
+                self.out.put_nowait(message)
 
     async def _stop(self) -> None:
         if self.playing is not None:

@@ -2,10 +2,11 @@
 
 page → server   start {prompt, seed} · keys {down, number} · shown {frame} · stop
 server → page   hello {fps, width, height, prompt} · waiting {ahead} · started {session}
-                chunk {frames, pose, keys, seconds}, followed by that many JPEG frames · ended · error {message}
+                chunk {frames, pose, keys}, followed by that many JPEG frames · ended · error {message}
 
-`number` counts the page's changes of keys, `keys` is the change that a chunk follows; `shown` counts the frames of the stream
-that the page has drawn, and the server makes the next chunk only when few are left to draw.
+`number` counts the page's changes of keys, `keys` is the latest change that every step of a chunk follows; `shown` counts the
+frames of the stream that the page has drawn, and the server makes the next chunk only when few are left to draw. `waiting` is
+said again when the number of those before changes.
 """
 
 import json

@@ -84,11 +84,13 @@ def new_server(
     prompt: str = "",
     options: dict[str, Any] | None = None,
     limits: Limits | None = None,
+    overlap: bool = False,
 ) -> tuple[uvicorn.Server, socket.socket, str]:
     """A server, its listening socket and the address of its page; `server.run(sockets=[socket])` serves until it is stopped.
 
     token     asked for in every request; made where it is not given and `host` can be reached from elsewhere
     port      0: any free one        options   fields of the pipeline's Settings for every stream
+    overlap   a chunk is decoded while the next one is computed, whose keys are then read one chunk earlier
     """
     local = is_loopback(host)
     if token is None and not local:
@@ -97,7 +99,7 @@ def new_server(
         raise ValueError(f"port must be 0 to 65535, got {port}")
     if token == "":
         raise ValueError("token must not be empty")
-    engine = Engine(pipeline, options or {}, limits or Limits())
+    engine = Engine(pipeline, options or {}, limits or Limits(), overlap)
     config = uvicorn.Config(
         Gate(application(engine, prompt), token, local),
         host,
@@ -122,9 +124,14 @@ def new_server(
 
 
 def serve(pipeline: Any, *args: Any, say: Callable[[str], None], **options: Any) -> None:
-    """Runs a server of `new_server` until Ctrl-C; `say` gets its address. The pipeline must be a causal one."""
+    """Runs a server of `new_server` until Ctrl-C; `say` gets its address. The pipeline must be a causal one with a camera."""
+    backbone = pipeline.backbone
     if isinstance(pipeline, BidirectionalPipeline):
         raise ValueError("play needs a causal model, which makes a video block by block; this one makes all frames at once")
+    if backbone.camera is None:
+        raise ValueError("play needs a model that follows a camera; this one has no camera branch")
+    if (pipeline.settings.block_frames or backbone.block_frames) is None:
+        raise ValueError("play needs a model that was trained with causal blocks; this one has no block_frames")
     server, listening, address = new_server(pipeline, *args, **options)
     say(f"open {address}")
     with listening:
