@@ -185,12 +185,15 @@ def test_benches_measure_what_the_goals_speak_of():
     assert bench_generate.WAN.shape == table.STREAM
 
 
+RIVALS = ("reference", "torch.compile")
+
+
 def stream_rows(way: str, seconds: float, **changes) -> list[dict]:
     """What bench_generate writes of one way: a line that was timed and one that was counted."""
     about = {"device": "GPU 1", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-02"}
     key = {"op": "generate", "shape": table.STREAM, "dtype": "bfloat16", "backend": way, **about}
     timed = {"chunk_s": seconds, "iqr_s": 0.01, "fps": round(16 / seconds, 2), "first_s": 0.4, "cold_first_s": 9.5}
-    timed |= {"fill_s": [0.4, 0.5, 0.7], "memory": 3 << 30, "attention": f"kernel of {way}"}
+    timed |= {"fill_s": [0.4, 0.5, 0.7], "memory": 3 << 30, "attention": "SDPA", "beside": ["dit_ops, graphs", *RIVALS]}
     counted = {"syncs": 0, "allocations": 7, "launches": 12, "kept": 0}
     return [key | {"pass": "chunk"} | timed | changes, key | {"pass": "step"} | counted]
 
@@ -209,7 +212,9 @@ def test_page_shows_streams_with_what_a_step_costs():
     )
     assert compiled.startswith("|  | torch.compile | 12.31 | 1.3 | 0.01 |  |") and "| reference |" in reference
     assert names.count("|") == ours.count("|") == reference.count("|")
-    assert "dit_ops, graphs: kernel of dit_ops, graphs; reference: kernel of reference" in page
+    assert "- SDPA: torch.compile; dit_ops, graphs; reference" in page
+    alone = streams({"reference": 2.0, "dit_ops, graphs": 1.0}, beside=["dit_ops, graphs"])
+    assert "2.00×" not in alone.split("### Goals")[0]
 
 
 @pytest.mark.parametrize(

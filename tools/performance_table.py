@@ -208,7 +208,8 @@ def stream_rows(rows: list[dict]) -> list[str]:
     for (shape, dtype), ways in groups.items():
         timed = sorted((r for r in ways.values() if "chunk_s" in r), key=lambda r: r["chunk_s"])
         for i, r in enumerate(timed):
-            peers = [p for p in timed if not p["backend"].startswith("dit_ops") and r["backend"].startswith("dit_ops")]
+            ours = r["backend"].startswith("dit_ops")
+            peers = [p for p in timed if ours and not p["backend"].startswith("dit_ops") and p["backend"] in r["beside"]]
             faster = ", ".join(f"{p['chunk_s'] / r['chunk_s']:.2f}× {p['backend']}" for p in peers)
             filling = r["fill_s"][1:]
             cells = [
@@ -218,8 +219,11 @@ def stream_rows(rows: list[dict]) -> list[str]:
                 *(r.get(name, "") for name in ("syncs", "allocations", "launches", "kept")),
             ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
-    kernels = {f"{r['backend']}: {r['attention']}" for ways in groups.values() for r in ways.values() if "attention" in r}
-    return [*lines, "", f"Attention of {'; '.join(sorted(kernels))}."]
+    kernels: dict[str, list[str]] = {}
+    for r in rows:
+        if "attention" in r and r["backend"] not in kernels.setdefault(r["attention"], []):
+            kernels[r["attention"]].append(r["backend"])
+    return [*lines, "", "Attention:", "", *(f"- {kernel}: {'; '.join(ways)}" for kernel, ways in kernels.items())]
 
 
 TABLES = {"cache": memory_rows, "generate": stream_rows}
