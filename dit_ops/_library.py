@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,11 +65,22 @@ def kernel(backend: str, module: str, name: str) -> Callable:
     """The launcher `name` of a backend: one signature in kernels/<module>.py, csrc/<module>.* and ops/_<module>_dense.py."""
     if backend in ("triton", "dense"):
         path = f"kernels.{module}" if backend == "triton" else f"ops._{module}_dense"
-        return getattr(importlib.import_module(f"dit_ops.{path}"), name)
+        launcher = getattr(importlib.import_module(f"dit_ops.{path}"), name)
+        return partial(_on_its_device, launcher) if backend == "triton" else launcher
     try:
         return getattr(getattr(torch.ops, f"dit_ops_{backend}"), name)
     except AttributeError as error:
         raise NotImplementedError(f"{module}: dit_ops/_C_{backend}.abi3.so has no {name}: build it again") from error
+
+
+def _on_its_device(launcher: Callable, *args: Any) -> Any:
+    """Triton launches on the current device, wherever the tensors are; the other backends look at their tensors."""
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    device = (args[0][0] if first is None else first).get_device()  # of lists of tensors, or of tensors
+    if device < 0 or device == torch.cuda.current_device():
+        return launcher(*args)
+    with torch.cuda.device(device):
+        return launcher(*args)
 
 
 def refuses(backend: str, tensor: Tensor) -> str | None:

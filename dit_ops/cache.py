@@ -55,12 +55,13 @@ class KVCache:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets every frame and the text; the buffers of a windowed cache are kept."""
+        """Forgets every frame and the text; the buffers of a windowed cache are kept, until a longer text needs more room."""
         if not hasattr(self, "_buffers") or self.window_frames is None:
             self._buffers: list[Pair | None] = [None] * self.layers
             self._turned: tuple[Tensor, Tensor | None] | None = None  # rotated = False: what attention reads, of one layer
             self._tables: dict[str, Tensor] = {}  # a row per frame of the chunk, or with rotated = False per slot
             self._plane: tuple[Tensor, Tensor] | None = None  # RoPE of height and width
+        self._blank = True  # nothing has been written since
         self.end_frame = 0  # frames [0, end_frame) have been written
         self._last = (0, 0)  # the chunk written last: it may be run again
         self._chunk = (0, 0)
@@ -177,9 +178,9 @@ class KVCache:
             done += s1 - s0
 
     def make_room(self, tokens: int) -> None:
-        """Room for a text of so many tokens, which a cache can make before its first chunk only."""
-        if all(pair is None for pair in self._buffers):
-            self.prefix = max(self.prefix, tokens)
+        """Room for a text of so many tokens, which a cache can make before the first chunk only, also of another video."""
+        if self._blank and tokens > self.prefix:
+            self.prefix, self._buffers = tokens, [None] * self.layers
         if tokens > self.prefix:
             room = f"the cache has room for {self.prefix} (text_tokens of new_cache)"
             raise ValueError(f"the text has {tokens} tokens, but {room}")
@@ -330,6 +331,7 @@ class KVCache:
         return slice(self.prefix + s0 * self._frame_tokens, self.prefix + s1 * self._frame_tokens)
 
     def _reserve(self, layer: int, like: Tensor, heads: int) -> Pair:
+        self._blank = False
         B, _, _, D = like.shape
         pair, filled = self._buffers[layer], self.ring.filled(self._end)
         if pair is not None:

@@ -4,7 +4,9 @@ What the user got wrong ends in one sentence on stderr and exit code 2; Ctrl-C i
 """
 
 import argparse
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +14,36 @@ from typing import Literal
 
 from dit_ops import cli_generate
 
+MISTAKES = ("NotImplementedError", "OutOfMemoryError")  # of the RuntimeErrors; the latter is torch's
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, NotImplementedError) as error:
-        message = " ".join(str(error).split())
-        print(f"dit-ops {arguments.command}: {message}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has enough: `dit-ops doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes when it ends
+        return 141
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ not in MISTAKES:
+            raise
+        print(f"dit-ops {arguments.command}: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"dit-ops {arguments.command}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(str(error).split()))
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{text.split('. ')[0]}; docs/low_memory.md and docs/distributed.md say what helps"
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -174,7 +192,13 @@ def _play(a: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; pip install 'dit-ops[play]' does it") from error
     pipeline = cli_generate.load_pipeline(a)
-    window = a.window_frames or pipeline.settings.window_frames or pipeline.settings.frames  # a stream has no end
+    window = a.window_frames
+    if window is None:
+        window = pipeline.settings.window_frames or pipeline.settings.frames  # a stream has no end
+    sink = pipeline.settings.sink_frames if a.sink_frames is None else a.sink_frames
+    block = a.block_frames or pipeline.settings.block_frames or getattr(pipeline.backbone, "block_frames", None) or 1
+    if sink < window < sink + block:
+        raise ValueError(f"--window-frames must hold the sink ({sink}) and a block of {block} frames, got {window}")
     options = {
         "window_frames": window,
         "sink_frames": a.sink_frames,
@@ -182,7 +206,12 @@ def _play(a: argparse.Namespace) -> None:
         "compact_cache": a.compact_cache,
     }
     given = {"token": a.token, "prompt": a.prompt, "options": options, "overlap": a.overlap}
-    serve(pipeline, a.host, a.port, **given, say=_say)
+    try:
+        serve(pipeline, a.host, a.port, **given, say=_say)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise ValueError(f"port {a.port} is in use already; --port 0 takes a free one") from error
 
 
 def _preprocess(a: argparse.Namespace) -> None:
@@ -200,7 +229,7 @@ def _preprocess(a: argparse.Namespace) -> None:
         raise ValueError("--size and --frames may be repeated for mp4 files only")
     part = _part(a.shard)
     local = os.environ.get("LOCAL_RANK", "0")
-    device = a.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = cli_generate.device_of(a.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
     mode: Literal["overwrite", "resume"] = "overwrite" if a.overwrite else "resume"
     with tqdm(unit="video") as bar:
 

@@ -6,6 +6,7 @@ first one decodes and writes.
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ ITEM = ("pose", "seed", "image", "video")
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", type=Path, required=True, help="model directory: ours, or a stock diffusers one")
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt")
+    what.add_argument("--prompt", help="what is to be seen")
     what.add_argument("--prompts", type=Path, help='JSONL file of {"prompt": …, "pose": …, "seed": …, "image": …, "video": …}')
     p.add_argument(
         "--pose", help="pose string such as w*4,l*8 (one pose per latent frame, plus the first), or a pose JSON file"
@@ -39,21 +40,27 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--image", help="picture of the first frame")
     p.add_argument("--video", help="mp4 file whose end is continued; the pose is that of all frames, the known ones included")
     p.add_argument("--frames", type=int, help="latent frames (default: what the pose gives)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--output", type=Path, default=Path("out/videos"), help="folder, or an .mp4 file for a single video")
+    p.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    where = "folder, or an .mp4 file for a single video (default: %(default)s)"
+    p.add_argument("--output", type=Path, default=Path("out/videos"), help=where)
     p.add_argument("--overwrite", action="store_true", help="generate again what is finished")
     p.add_argument("--preview", action="store_true", help="show the newest frame in the terminal, in 24-bit colours")
-    p.add_argument("--steps", type=int, dest="num_steps", help="steps of a multi-step sampler")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance; 1 turns it off")
-    p.add_argument("--solver", choices=("euler", "unipc"))
-    p.add_argument("--shift", type=float, help="shift of the flow schedule")
-    p.add_argument("--negative-prompt")
-    p.add_argument("--height", type=int, help="pixels")
-    p.add_argument("--width", type=int, help="pixels")
-    p.add_argument("--fps", type=float, help="frames per second of the file")
-    p.add_argument("--block-frames", type=int, help="latent frames per causal block")
-    p.add_argument("--window-frames", type=int, help="latent frames that the KV cache keeps, sink and current block included")
-    p.add_argument("--sink-frames", type=int, help="first latent frames that the KV cache never drops")
+    how = p.add_argument_group("sampling", "where nothing is given, as the model directory says")
+    how.add_argument("--steps", type=int, dest="num_steps", help="steps of a multi-step sampler")
+    how.add_argument("--guidance", type=float, help="classifier-free guidance; 1 turns it off")
+    how.add_argument("--negative-prompt", help="what guidance leads away from")
+    how.add_argument("--solver", choices=("euler", "unipc"), help="of a multi-step sampler")
+    how.add_argument("--shift", type=float, help="shift of the flow schedule")
+    how.add_argument("--height", type=int, help="pixels")
+    how.add_argument("--width", type=int, help="pixels")
+    how.add_argument("--fps", type=float, help="frames per second of the file")
+    how.add_argument("--block-frames", type=int, help="latent frames per causal block")
+    how.add_argument(
+        "--window-frames",
+        type=int,
+        help="latent frames that the KV cache keeps, sink and current block included",
+    )
+    how.add_argument("--sink-frames", type=int, help="first latent frames that the KV cache never drops")
     p.add_argument(
         "--overlap",
         action=argparse.BooleanOptionalAction,
@@ -69,7 +76,7 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
     """How a model directory is loaded; `generate` and `play` have them in common."""
     p.add_argument("--mode", choices=MODES, help="how to sample (default: what the model says)")
     p.add_argument("--condition", type=Path, help="directory of the condition (text encoder and codec), if the model has none")
-    p.add_argument("--device", help="default: the GPU if there is one")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     low = p.add_argument_group("low memory", "docs/low_memory.md says what each of them saves and costs")
     low.add_argument(
@@ -86,12 +93,25 @@ def load_pipeline(a: argparse.Namespace, device: "torch.device | str | None" = N
 
     from dit_ops.pipelines import loading
 
+    device = device or (device_of(a.device) if a.device else None)
     dtype = getattr(torch, a.dtype) if a.dtype else None
     low = {name: True for name in ("offload", "float8", "vae_tiling") if getattr(a, name)}
-    pipeline = loading.load(a.model, device or a.device, dtype, mode=a.mode, condition=a.condition, **low)
+    pipeline = loading.load(a.model, device, dtype, mode=a.mode, condition=a.condition, **low)
     if pipeline.backbone.device.type == "cuda":
         torch.cuda.set_device(pipeline.backbone.device)  # Triton launches on the current device
     return pipeline
+
+
+def device_of(name: str) -> "torch.device":
+    """The device that a name stands for. ValueError where this machine has none of that name."""
+    import torch
+
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device must be one that torch can use, {torch.cuda.device_count()} GPUs here, got {name!r}")
+    return torch.device(name)
 
 
 def generate(a: argparse.Namespace, say: Callable[[str], None]) -> Iterator[Path]:
@@ -119,6 +139,9 @@ def generate(a: argparse.Namespace, say: Callable[[str], None]) -> Iterator[Path
         if not mine:
             return
         pipeline = load_pipeline(a, device)
+        _check_used(pipeline, options)
+        for path in todo:  # before an hour is spent on those in front of it
+            files.check_request(pipeline, *jobs[path], alone=len(todo) == 1)
         place.share(pipeline)
         streaming = {} if a.overlap is None else {"overlap": a.overlap}
         for number, path in enumerate(mine, 1):
@@ -128,13 +151,14 @@ def generate(a: argparse.Namespace, say: Callable[[str], None]) -> Iterator[Path
                     pass
                 continue
             total = files.pixel_frames(pipeline, item, request["options"])
-            with Progress(f"video {number} of {len(mine)}", total, preview, silent=place.rank > 0) as progress:
+            title = f"{number} of {len(mine)}: " if len(mine) > 1 else ""
+            with Progress(title, total, preview, silent=place.rank > 0) as progress:
                 calls: dict[str, Any] = {"on_step": progress.on_step, "on_chunk": progress.on_chunk}
                 record = files.generate_file(pipeline, item, path, request, **calls, **streaming)
             times = record["timings"]
             say(
-                f"{record['pixel_frames']} frames in {times['seconds']} s, the first after {times['first_chunk_seconds']} s, "
-                f"then {times['frames_per_second']} per second"
+                f"{record['pixel_frames']} frames in {times['seconds']:.2f} s, the first after "
+                f"{times['first_chunk_seconds']:.2f} s, then {times['frames_per_second']:.1f} per second"
             )
             yield path
 
@@ -149,35 +173,63 @@ def _unfinished(jobs: dict[Path, tuple[Any, dict[str, Any]]], overwrite: bool, s
             say(f"{path}: finished before")
         else:
             files.check_free(path, wanted, overwrite=overwrite)
+            files.check_writable(path)
             todo.append(path)
     return todo
 
 
-class Progress:
-    """A bar over network steps that says how many frames are done and how fast, below a picture of the newest frame."""
+def _check_used(pipeline: "Pipeline", options: dict[str, Any]) -> None:
+    """ValueError for options given that would name another file and make the same video."""
+    from dit_ops.pipelines.few_step import FewStepPipeline
 
-    def __init__(self, title: str, frames: int, preview: Any, *, silent: bool = False):
+    unused: tuple[str, ...] = ()
+    if type(pipeline) is FewStepPipeline:
+        unused += ("num_steps", "solver", "negative_prompt")
+    if not pipeline.causal:
+        unused += ("block_frames", "window_frames", "sink_frames", "compact_cache")
+    given = [name for name in unused if options.get(name) is not None]
+    if given:
+        flags = ", ".join("--" + ("steps" if name == "num_steps" else name.replace("_", "-")) for name in given)
+        raise ValueError(f"{flags}: not used by {type(pipeline).__name__}, which samples here, and would change nothing")
+
+
+class Progress:
+    """Frames done, how fast, and the time left: a bar over network steps below a picture of the newest frame.
+
+    Where standard error is no terminal, it is a line every `interval` seconds instead.
+    """
+
+    def __init__(self, title: str, frames: int, preview: Any, *, silent: bool = False, interval: float = 10):
         from tqdm import tqdm
 
         self.title, self.frames, self.done = title, frames, 0
         self.preview = preview or nullcontext()
-        self.started = time.perf_counter()
-        layout = "{desc} |{bar}| {percentage:3.0f}%, {remaining} left"
-        self.bar = tqdm(bar_format=layout, desc=self._text(), dynamic_ncols=True, disable=silent)
+        self.interval, self.started = interval, time.perf_counter()
+        self.said = self.started
+        self.lines = not (silent or sys.stderr.isatty())
+        layout = "{desc}, {remaining} left |{bar}| {percentage:.0f}%"  # what is cut off a narrow terminal comes last
+        self.bar = tqdm(bar_format=layout, desc=self._text(), dynamic_ncols=True, disable=silent or self.lines)
 
     def __enter__(self) -> "Progress":
         self.preview.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self.bar.leave = kind is None or not issubclass(kind, Exception)  # of a mistake only its sentence stays
         try:
-            self.preview.__exit__(*error)
+            self.preview.__exit__(kind, *error)
         finally:
             self.bar.close()
 
     def on_step(self, done: int, total: int) -> None:
         self.bar.total = total or None
         self.bar.update(done - self.bar.n)
+        now = time.perf_counter()
+        if self.lines and now - self.said >= self.interval:
+            self.said = now
+            left = f"{(now - self.started) * (total - done) / done:.0f} s" if total else "?"
+            sys.stderr.write(f"{self._text()}, {left} left\n")
+            sys.stderr.flush()
 
     def on_chunk(self, chunk: "torch.Tensor") -> None:
         self.done += chunk.shape[1]
@@ -187,7 +239,7 @@ class Progress:
 
     def _text(self) -> str:
         rate = self.done / (time.perf_counter() - self.started)
-        return f"{self.title}: {self.done}/{self.frames} frames" + (f", {rate:.1f} per second" if self.done else "")
+        return f"{self.title}{self.done}/{self.frames} frames" + (f", {rate:.1f} fps" if self.done else "")
 
 
 @contextmanager
@@ -199,7 +251,7 @@ def process_group(name: str | None) -> "Iterator[torch.device]":
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch.device(name)
+    device = device_of(name)
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return

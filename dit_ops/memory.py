@@ -4,6 +4,7 @@ Calculated from the models' shapes, nothing is allocated (meta tensors). Weights
 decoder are the tensors alive at once, without the workspace of kernels and without what the allocator keeps in reserve.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from dit_ops.backbones._common import token_grid
 from dit_ops.conditions._hunyuan_video15_decoder import HunyuanVideo15Decoder
 from dit_ops.conditions._streaming import StreamDecoder, decode_chunks
 from dit_ops.conditions._wan_decoder import WanDecoder
@@ -222,8 +224,8 @@ def table() -> str:
 
 def column(name: str) -> dict[str, str]:
     """The rows of a model."""
-    around, tokens = AROUND[name], WINDOW * tokens_per_frame(name)
-    backbone = bf16_backbone(name)
+    around, backbone = AROUND[name], bf16_backbone(name)
+    tokens = WINDOW * math.prod(token_grid(*around.latent[1:], backbone.patch))
     plain, (device, host, copied) = nbytes(backbone), offloaded_bytes(backbone)
     caches = [cache_bytes(backbone, tokens, around.text, rotated=rotated) for rotated in (True, False)]
     step, seconds = step_bytes(backbone, tokens * CHUNK // WINDOW), step_flops(backbone, around) / FLOPS
@@ -255,11 +257,6 @@ def column(name: str) -> dict[str, str]:
         "seconds to compute a step at 400 TFLOP/s": f"{seconds:.2f}",
     }
     return gigabytes | times
-
-
-def tokens_per_frame(name: str) -> int:
-    patch = MODELS[name][1].get("patch_size", [1, 1, 1])
-    return AROUND[name].latent[1] // patch[1] * (AROUND[name].latent[2] // patch[2])
 
 
 def with_table(page: str) -> str:

@@ -39,21 +39,21 @@ def offload_blocks(backbone: Any, device: torch.device | str) -> None:
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(device)
     with torch.inference_mode(False), torch.no_grad():
-        ring = Ring(tensors, torch.device(device))
+        buffers = DoubleBuffer(tensors, torch.device(device))
     for i, modules in enumerate(units):
         block = modules[0]
         if not isinstance(block, ShardUnit):
             make_shard_unit(block)
-        block.register_forward_pre_hook(lambda module, args, i=i: ring.enter(i))
-        block.register_forward_hook(lambda module, args, output, i=i: ring.leave(i), always_call=True)
+        block.register_forward_pre_hook(lambda module, args, i=i: buffers.enter(i))
+        block.register_forward_hook(lambda module, args, output, i=i: buffers.leave(i), always_call=True)
         for module in modules:
-            module.register_load_state_dict_post_hook(lambda module, keys: ring.forget())
+            module.register_load_state_dict_post_hook(lambda module, keys: buffers.forget())
     backbone.offloaded = True
 
 
 def block_modules(backbone: Any) -> list[list[nn.Module]]:
     """What runs inside each block: the block itself and its camera layer, which is kept beside the transformer."""
-    camera = backbone.camera if getattr(backbone, "camera", None) is not None else [None] * len(backbone.blocks)
+    camera = backbone.camera if backbone.camera is not None else [None] * len(backbone.blocks)
     return [[m for m in pair if m is not None] for pair in zip(backbone.blocks, camera, strict=True)]
 
 
@@ -62,7 +62,7 @@ def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     return list({id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}.values())
 
 
-class Ring:
+class DoubleBuffer:
     """Two device buffers and the host copies of all units, a unit being the tensors of one block."""
 
     def __init__(self, units: list[list[Tensor]], device: torch.device):

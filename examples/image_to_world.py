@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dit_ops import rooms
+from dit_ops.camera import intrinsics_matrix
 from dit_ops.pipelines import files, loading
 from dit_ops.video import to_uint8, write_mp4
 
@@ -25,10 +26,13 @@ OUTPUT.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
 # ## A picture
-# It is scaled to cover the model's size and cropped at the centre.
+# It is scaled to cover the model's size and cropped at the centre. This one is twice as wide and has as much more to see: what
+# is left has the focal lengths that the model knows. A picture with others would seem to jump when the model goes on.
 
 # %%
-frame = rooms.film(PROMPT, "stay*0", (settings.height, 2 * settings.width))
+fx, fy, cx, cy = settings.intrinsics
+K = intrinsics_matrix(fx / 2, fy, cx, cy)
+frame = rooms.render(PROMPT, torch.eye(4)[None], K, (settings.height, 2 * settings.width))
 Image.fromarray(to_uint8(frame)[0].numpy()).save(OUTPUT / "start.png")
 image = files.read_image(OUTPUT / "start.png", settings.height, settings.width)  # [3, H, W] in [−1, 1]
 
@@ -46,10 +50,11 @@ print(f"first frame: differs from the picture by {kept:.3f} on average, of a ran
 # %% [markdown]
 # ## And on
 # Known frames are continued the same way: `video=` holds them, the pose is that of all frames. Here the model goes on
-# behind its own video, with another prompt.
+# behind its own video. The cache keeps eight frames, and the first one for good: models that saw the start of every video in
+# training lose their way without it.
 
 # %%
-longer = pipeline(PROMPT, pose="d*3,j*4,l*4,w*4", video=video, seed=3, window_frames=8)[0]
+longer = pipeline(PROMPT, pose="d*3,j*4,l*4,w*4", video=video, seed=3, window_frames=8, sink_frames=1)[0]
 assert longer.shape[0] == video.shape[0] + 8
 write_mp4(OUTPUT / "continued.mp4", longer, settings.fps)
 print(f"{len(video)} known frames, {len(longer)} in {OUTPUT / 'continued.mp4'}")

@@ -5,16 +5,22 @@ stay where they are, so that the launches of one step can be recorded as a CUDA 
 takes the same slots of the ring (`cache.phase`). What differs between chunks is copied into place before the step.
 """
 
+import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_ops.conditions.arguments import PER_FRAME
+from dit_ops.pipelines.transfer import give_back, take_stream
 
 Step = Callable[[], Tensor]
-Capture = Callable[[Step], tuple[Callable[[], None], Tensor]]  # step → (replay, the tensor that every replay fills)
+Recorded = tuple[Callable[[], None], Tensor]  # replay, and the tensor that every replay fills
+Capture = Callable[[Step], Recorded]
+_CAPTURING = threading.Lock()  # a process records one graph at a time
 
 
 class CausalPass:
@@ -23,7 +29,8 @@ class CausalPass:
     condition   arguments of the backbone, [rows, …]; what is not of single frames must stay the same tensor objects
     cache       of the backbone, for these rows
     capture     records a step; None: every step is launched anew. A step of a full ring is launched the first time that its
-                phase is met, which compiles and tunes what it needs, recorded the second time, and replayed from then on
+                phase is met, which compiles and tunes what it needs, recorded the second time, and replayed from then on. The
+                thread that records it has launched it before: libraries keep handles and plans per thread
     """
 
     def __init__(self, backbone: Any, condition: Mapping[str, Tensor], cache: Any, capture: Capture | None = None) -> None:
@@ -32,7 +39,7 @@ class CausalPass:
         self.whole = {name: value for name, value in condition.items() if name not in PER_FRAME}
         self.rows = len(next(iter(condition.values())))
         self.inputs: dict[int, dict[str, Tensor]] = {}  # by frames of a chunk
-        self.steps: dict[Hashable, tuple[Callable[[], None], Tensor] | None] = {}  # None: met once
+        self.steps: dict[Hashable, Recorded | int] = {}  # int: the thread that has launched it
         self._chunk = (0, 0)
         self._filled: set[str] = set()  # inputs that hold what belongs to this chunk
 
@@ -53,11 +60,11 @@ class CausalPass:
     def _run(self, step: Step, key: Hashable) -> Tensor:
         if self.capture is None or not self.cache.full:
             return step()
-        if key not in self.steps:
-            self.steps[key] = None
+        recorded, thread = self.steps.get(key), threading.get_ident()
+        if recorded is None or (isinstance(recorded, int) and recorded != thread):
+            self.steps[key] = thread
             return step()
-        recorded = self.steps[key]
-        if recorded is None:
+        if isinstance(recorded, int):
             recorded = self.steps[key] = self.capture(step)
         replay, flow = recorded
         replay()
@@ -100,18 +107,36 @@ def capture_of(backbone: Any, windowed: bool) -> Capture | None:
     work of one stream.
     """
     alone = backbone.sequence_parallel is None and not backbone.offloaded
-    return cuda_graphs() if windowed and alone and backbone.device.type == "cuda" else None
+    return CudaGraphs(backbone.device) if windowed and alone and backbone.device.type == "cuda" else None
 
 
-def cuda_graphs() -> Capture:
-    """Records steps as CUDA graphs, which share one pool of memory: they run one after the other, and their flows stay."""
-    pool = torch.cuda.graph_pool_handle()
+class CudaGraphs:
+    """Records steps as CUDA graphs, which share one pool of memory: they run one after the other, and their flows stay.
 
-    def capture(step: Step) -> tuple[Callable[[], None], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        # other threads, which decode meanwhile, may allocate while this one captures
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            flow = step()
-        return graph.replay, flow
+    They are recorded on a stream that nothing else uses until all of them are gone: graphs of one stream have its cuBLAS
+    workspace in common, and in torch 2.13 the end of one frees it for all.
+    """
 
-    return capture
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), take_stream(device, "capture")
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        weakref.finalize(self, _end, self.graphs, self.stream, device).atexit = False
+
+    def __call__(self, step: Step) -> Recorded:
+        with _CAPTURING, torch.cuda.device(self.device):
+            graph = torch.cuda.CUDAGraph()
+            # other threads, which decode meanwhile, may allocate while this one captures;
+            # the random state that all graphs of a process share must not be of inference tensors
+            recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+            with torch.inference_mode(False), recording, torch.inference_mode():
+                flow = step()
+        self.graphs.append(graph)
+        return partial(self._replay, len(self.graphs) - 1), flow
+
+    def _replay(self, i: int) -> None:
+        self.graphs[i].replay()
+
+
+def _end(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream, device: torch.device) -> None:
+    graphs.clear()
+    give_back(stream, device, "capture")

@@ -10,20 +10,26 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import av
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dit_ops.camera import parse_segments, trajectory_frames, trajectory_from_json
 from dit_ops.files import atomic_path
 from dit_ops.pipelines.base import Pipeline
 from dit_ops.pipelines.cameras import Cameras
+from dit_ops.pipelines.request import validate
 from dit_ops.pipelines.settings import Settings
 from dit_ops.pipelines.stages import write_videos
 from dit_ops.video import iterate_mp4
+
+OTHER_VIDEOS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mpg", ".webm")
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow says to pictures that it cannot read
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,10 @@ class Item:
                 raise ValueError(f"{name} must be a string, got {value!r}")
         if isinstance(self.pose, str) and not _names_file(self.pose):
             parse_segments(self.pose)
-        for path in self.files().values():
+        for name, path in self.files().items():
             if not Path(path).is_file():
                 raise FileNotFoundError(f"no such file: {path}")
+            READABLE[name](path)
 
     def files(self) -> dict[str, str]:
         """Paths of the files that the item names."""
@@ -60,7 +67,7 @@ class Item:
 
 
 def _names_file(pose: str) -> bool:
-    return pose.endswith(".json")
+    return pose.lower().endswith(".json")
 
 
 def read_items(path: str | Path, **given: Any) -> list[Item]:
@@ -150,6 +157,8 @@ def _slug(text: str, length: int) -> str:
 
 def output_paths(output: Path, wanted: Sequence[dict[str, Any]]) -> list[Path]:
     """One path per request: `output` itself if it names an mp4 file (of a single request), else a file in that folder."""
+    if output.suffix.lower() in OTHER_VIDEOS and not output.is_dir():
+        raise ValueError(f"output must be a folder, or a file with the suffix .mp4, got {output}")
     if output.suffix.lower() != ".mp4" or output.is_dir():
         return [output / f"{file_stem(w)}.mp4" for w in wanted]
     if len(wanted) != 1:
@@ -157,11 +166,20 @@ def output_paths(output: Path, wanted: Sequence[dict[str, Any]]) -> list[Path]:
     return [output]
 
 
+def check_writable(video: Path) -> None:
+    """ValueError where its folder, which may still have to be made, can have no new files."""
+    folder = next(place for place in (video.parent, *video.absolute().parent.parents) if place.exists())
+    if not folder.is_dir():
+        raise ValueError(f"output must be in a folder, {folder} is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output must be in a folder that can be written to, {folder} cannot")
+
+
 def read_sidecar(video: Path) -> dict[str, Any] | None:
     """What is known of a finished video; None if there is no side-car, or a file that is none."""
     try:
         record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return record if isinstance(record, dict) and "request" in record else None
 
@@ -186,19 +204,22 @@ def check_free(video: Path, wanted: dict[str, Any], *, overwrite: bool = False) 
 
 def read_pose(pose: str | None) -> str | Cameras | None:
     """A pose string as it is; the trajectory of a `.json` file."""
-    return trajectory_from_json(pose) if pose is not None and _names_file(pose) else pose
+    if pose is None or not _names_file(pose):
+        return pose
+    try:
+        return trajectory_from_json(pose)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"pose file {pose} is not one that can be read ({error})") from error
 
 
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """A picture scaled to cover height × width and cropped at the centre → [3, H, W] in [−1, 1]."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
         with Image.open(path) as file:
             upright = ImageOps.exif_transpose(file)
             picture = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that can be read") from None
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a picture that can be read ({error})") from error
     levels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
     return levels.permute(2, 0, 1) / 127.5 - 1
 
@@ -209,6 +230,8 @@ def read_video(path: str | Path, height: int, width: int, fps: float, stride: in
     They are taken at `fps`, the nearest frame each, and scaled and cropped as read_image does.
     """
     frames = [_cover(frame, height, width) for frame in iterate_mp4(path)]
+    if not frames:
+        raise ValueError(f"{path} is a video without frames")
     with av.open(str(path)) as file:
         rate = float(file.streams.video[0].average_rate or fps)
     count = int((len(frames) - 1) * fps / rate + 0.5) + 1
@@ -225,6 +248,46 @@ def _cover(frame: Tensor, height: int, width: int) -> Tensor:
         frame = torch.nn.functional.interpolate(frame[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return frame[:, top : top + height, left : left + width].clone()
+
+
+def _check_picture(path: str) -> None:
+    """Its header: what it is, and how large."""
+    try:
+        with Image.open(path):
+            pass
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a picture that can be read ({error})") from error
+
+
+def _check_video(path: str) -> None:
+    """Its first frame."""
+    if next(iterate_mp4(path), None) is None:
+        raise ValueError(f"{path} is a video without frames")
+
+
+READABLE: dict[str, Callable[[str], Any]] = {"pose": read_pose, "image": _check_picture, "video": _check_video}
+
+
+def check_request(pipeline: Pipeline, item: Item, wanted: dict[str, Any], *, alone: bool = True) -> None:
+    """ValueError for an item that this pipeline refuses, however many frames its video has; nothing large is read.
+
+    alone   there is no other item, so that the message need not say which one it is
+    """
+    options = wanted["options"]
+    settings = settings_of(pipeline, options)
+    black = torch.zeros(()).expand(1, 3, settings.height, settings.width)
+    image, video = black[0] if item.image else None, black if item.video else None
+    ours, frames = (pipeline.backbone, pipeline.condition), options.get("frames")
+    try:
+        pose = read_pose(item.pose)
+        validate(*ours, item.prompt, pose, item.seed, frames, settings, image, video, causal=pipeline.causal)
+    except ValueError as error:
+        raise error if alone else ValueError(f"the video of {_short(item)}: {error}") from error
+
+
+def _short(item: Item) -> str:
+    text = item.prompt if len(item.prompt) < 60 else item.prompt[:57] + "..."
+    return f"{text!r} along {item.pose or 'no pose'}"
 
 
 def pixel_frames(pipeline: Pipeline, item: Item, options: dict[str, Any]) -> int:
@@ -284,7 +347,9 @@ def generate_file(
             times.append((arrived - started, time.perf_counter() - started, chunk.shape[1]))
 
     settings = settings_of(pipeline, options)
-    frames = write_videos(timed(chunks_of(pipeline, item, options, **given)), [video], settings.fps)
+    chunks = timed(chunks_of(pipeline, item, options, **given))
+    first = next(chunks)  # nothing is opened for a request that is refused
+    frames = write_videos(chain([first], chunks), [video], settings.fps)
     record = {
         "request": wanted,
         "pipeline": type(pipeline).__name__,

@@ -14,18 +14,21 @@ from torch import Tensor
 
 from dit_ops.pipelines import stages
 from dit_ops.pipelines.request import State
+from dit_ops.pipelines.transfer import give_back, take_stream
+
+Pending = Future[tuple[Tensor, torch.cuda.Event | None]]  # pixels, and on a GPU the event after them
 
 
 def decode_beside(state: State, condition: Any, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
     """As stages.decode. The first chunk is shown at once, a later one when the next is made, so one chunk is made ahead."""
-    maker, decoder = Maker(state, chunks), Decoder(state, condition)
-    waiting: Decoding | None = None
+    denoiser, decoder = Denoiser(state, chunks), Decoder(state, condition)
+    waiting: Pending | None = None
     failure: Exception | None = None
     first = True
     try:
         while True:
             try:
-                made = maker.next_chunk()
+                made = denoiser.next_chunk()
             except (ValueError, RuntimeError) as error:  # the chunk before it is shown all the same
                 made, failure = None, error
             ahead = None if made is None else decoder.submit(*made)
@@ -41,15 +44,15 @@ def decode_beside(state: State, condition: Any, chunks: Iterator[Tensor]) -> Ite
                 waiting, first = None, False
     finally:
         decoder.close()
-        maker.close()
+        denoiser.close()
 
 
-class Maker:
+class Denoiser:
     """Latents of chunk after chunk, on a GPU in a stream of its own."""
 
     def __init__(self, state: State, chunks: Iterator[Tensor]) -> None:
         self.state, self.chunks = state, chunks
-        self.stream = torch.cuda.Stream(state.device) if state.device.type == "cuda" else None
+        self.stream = take_stream(state.device, "denoise") if state.device.type == "cuda" else None
         self.made: torch.cuda.Event | None = None
 
     def next_chunk(self) -> tuple[Tensor, torch.cuda.Event | None] | None:
@@ -69,27 +72,26 @@ class Maker:
         """What the caller's stream allocates from now on is not used by a chunk that nobody will see."""
         if self.stream is not None:
             torch.cuda.current_stream(self.state.device).wait_stream(self.stream)
-
-
-Decoding = Future[tuple[Tensor, torch.cuda.Event | None]]  # pixels, and on a GPU the event after them
+            give_back(self.stream, self.state.device, "denoise")
 
 
 class Decoder:
     """A thread that decodes the chunks of one stream in order."""
 
     def __init__(self, state: State, condition: Any) -> None:
-        self.stream = torch.cuda.Stream(state.device) if state.device.type == "cuda" else None
+        self.state = state
+        self.stream = take_stream(state.device, "decode") if state.device.type == "cuda" else None
         self.latents: Tensor | None = None  # of the chunk whose turn it is
         self.pixels = stages.decode(state, condition, self._given())
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
-    def submit(self, latents: Tensor, made: torch.cuda.Event | None) -> Decoding:
+    def submit(self, latents: Tensor, made: torch.cuda.Event | None) -> Pending:
         """Begins with a chunk, whose latents are there after an event."""
         if self.stream is not None:
             latents.record_stream(self.stream)
         return self.pool.submit(self._decode, latents, made)
 
-    def take(self, waiting: Decoding) -> Tensor:
+    def take(self, waiting: Pending) -> Tensor:
         """The pixels of a chunk, for the current stream."""
         pixels, done = waiting.result()
         if done is not None and pixels.is_cuda:
@@ -101,6 +103,8 @@ class Decoder:
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
         self.pixels.close()
+        if self.stream is not None:
+            give_back(self.stream, self.state.device, "decode")
 
     def _given(self) -> Iterator[Any]:
         while True:

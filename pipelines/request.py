@@ -1,7 +1,8 @@
 """A request on its way through the stages of generation, and the checks that it starts with."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -58,11 +59,12 @@ def validate(
     causal: the model makes block after block, so it can continue known frames; an image for which a causal model has no
     channels is a video of one frame
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) else _list("prompts", prompts, str, "a string, or one per video")
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     B = len(prompts)
-    seeds = [seed + b for b in range(B)] if isinstance(seed, int) else list(seed)
+    whole = "a whole number, or one per prompt"
+    seeds = [int(seed) + b for b in range(B)] if isinstance(seed, Integral) else _list("seed", seed, Integral, whole)
     if len(seeds) != B:
         raise ValueError(f"seed must be one number or one per prompt ({B}), got {len(seeds)}")
     if condition.latent_channels != backbone.latent_channels:
@@ -88,7 +90,10 @@ def validate(
         cameras, frames = None, frames or settings.frames
     known = 0 if video is None else condition.latent_frames(video.shape[1])
     if frames is not None and known >= frames:
-        raise ValueError(f"frames, of the pose too, must be more than the {known} latent frames of the video, got {frames}")
+        of_pose = "" if cameras is None else ", and so must the pose"
+        raise ValueError(
+            f"frames must count the known ones too{of_pose}: more than the {known} latent frames of the video, got {frames}"
+        )
     return State(
         settings=settings,
         prompts=prompts,
@@ -102,11 +107,23 @@ def validate(
     )
 
 
+def _list(name: str, given: Any, kind: type, expected: str) -> list[Any]:
+    """given as a list of `kind`; ValueError for anything else, a string included."""
+    values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [None]
+    if not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"{name} must be {expected}, got {given!r}")
+    return values
+
+
 def _known_pixels(
     image: Tensor | None, video: Tensor | None, B: int, settings: Settings, causal: bool, has_channels: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(image [B, 3, H, W] for the condition's channels, video [1 or B, Fp, 3, H, W] to continue)."""
     size = [3, settings.height, settings.width]
+    for name, value in (("image", image), ("video", video)):
+        if value is not None and not isinstance(value, Tensor):
+            how = f"dit_ops.pipelines.files.read_{name} reads a file"
+            raise ValueError(f"{name} must be a tensor in [-1, 1] ({how}), got {type(value).__name__}")
     if image is not None:
         expected = f"image must be {size} in [-1, 1], or one of {B} prompts each, got {list(image.shape)}"
         image = image[None] if image.dim() == 3 else image
@@ -130,7 +147,7 @@ def _known_pixels(
 
 
 def _cameras(pose: str | Sequence[str] | Cameras, B: int, frames: int | None, settings: Settings) -> Cameras:
-    given: list[Any] = [pose] if isinstance(pose, str) else list(pose)
+    given: list[Any] = [pose] if isinstance(pose, str) else list(pose) if isinstance(pose, Sequence) else [pose]
     poses = [p for p in given if isinstance(p, str)]
     if len(poses) == len(given):
         if not poses:
@@ -143,16 +160,34 @@ def _cameras(pose: str | Sequence[str] | Cameras, B: int, frames: int | None, se
         viewmats = torch.stack([parse_trajectory(text) for text in poses])
         Ks = intrinsics_matrix(*settings.intrinsics).expand(*viewmats.shape[:2], 3, 3)
     else:
+        if len(given) != 2 or not all(isinstance(t, Tensor) for t in given):
+            how = "a pose string, one per prompt, an iterator of them, or the two tensors viewmats and Ks"
+            raise ValueError(f"pose must be {how}, got {', '.join(type(t).__name__ for t in given)}")
         viewmats, Ks = (t[None] if t.dim() == 3 else t for t in given)
         if viewmats.shape[2:] != (4, 4) or Ks.shape != (*viewmats.shape[:2], 3, 3):
             raise ValueError(
                 f"pose must be viewmats [B, F, 4, 4] and Ks [B, F, 3, 3], got {list(viewmats.shape)} and {list(Ks.shape)}"
             )
+        _check_cameras(viewmats, Ks)
         if frames is not None and viewmats.shape[1] != frames:
             raise ValueError(f"the trajectory has {viewmats.shape[1]} poses, but {frames} latent frames are wanted")
     if viewmats.shape[0] not in (1, B):
         raise ValueError(f"pose must be one trajectory or one per prompt ({B}), got {viewmats.shape[0]}")
     return viewmats.expand(B, -1, -1, -1), Ks.expand(B, -1, -1, -1)
+
+
+def _check_cameras(viewmats: Tensor, Ks: Tensor) -> None:
+    """Finite, viewmats rigid, focal lengths positive; a number that is not would turn up in every pixel."""
+    R = viewmats[..., :3, :3].double()
+    # a comparison with NaN is false
+    rigid = ((R @ R.transpose(-1, -2) - torch.eye(3, dtype=R.dtype, device=R.device)).abs() < 1e-2).all(-1).all(-1)
+    good = rigid & viewmats.isfinite().all(-1).all(-1) & Ks.isfinite().all(-1).all(-1)
+    good &= (Ks[..., 0, 0] > 0) & (Ks[..., 1, 1] > 0)
+    if not good.all():
+        frame = int((~good).any(0).nonzero()[0])
+        raise ValueError(
+            f"pose: the camera of frame {frame} must be a rotation and a shift, with positive focal lengths, in finite numbers"
+        )
 
 
 def _latent_plane(backbone: Any, condition: Any, settings: Settings) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch  # noqa: E402
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
+os.environ.setdefault("TEARDOWN_CUPTI", "0")  # a second start of CUPTI beside CUDA graphs crashes
 
 # Triton's interpreter is a switch of the whole process: TRITON_INTERPRET=1 pytest tests/triton
 collect_ignore = [] if INTERPRETED or DEVICE == "cuda" else ["triton"]

@@ -1,15 +1,17 @@
 """Streaming in two halves, `announce` and `predict`, and reruns for keys and values alone, of every backbone."""
 
 from dataclasses import dataclass, field
-from math import gcd
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import toy_hunyuan_video15
+from test_parallel import CONFIG
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_tape import READS
+from toy_wan import I2V as IMAGE
 from toy_wan_ti2v_directory import CONFIG as TI2V
 
 from dit_ops.actions import action_labels
@@ -23,17 +25,8 @@ from dit_ops.conditions.arguments import image_condition, of_clean, of_frames
 from dit_ops.parallel import SequenceParallel
 
 B, F, H, W = 2, 14, 4, 6  # latents; 6 tokens per frame
-WAN = dict(
-    num_layers=3,
-    num_attention_heads=3,
-    attention_head_dim=16,
-    ffn_dim=32,
-    text_dim=8,
-    freq_dim=16,
-    in_channels=4,
-    out_channels=4,
-)
-I2V = WAN | dict(in_channels=9, image_dim=10, added_kv_proj_dim=48)
+WAN = CONFIG | dict(num_layers=3)
+I2V = WAN | IMAGE
 HUNYUAN = dict(num_layers=3, num_attention_heads=3, patch_size=2, in_channels=9)
 
 
@@ -139,14 +132,21 @@ def stream(case: Case, keys_only: bool, options: dict[str, Any]) -> list[tuple[t
     return found
 
 
+def differences(one: list[tuple[torch.Tensor, dict[str, Any]]], other: list[tuple[torch.Tensor, dict[str, Any]]]) -> list[str]:
+    """Names of what differs in two streams."""
+    found = []
+    for (flow, kept), (other_flow, other_kept) in zip(one, other, strict=True):
+        found += [*same(kept, other_kept), *([] if torch.equal(flow, other_flow) else ["flow"])]
+    return found
+
+
 # reruns for keys and values
 
 
 @every_case
 def test_a_rerun_for_keys_leaves_the_bits_of_a_full_one(name, options):
     case = make(name)
-    for (flow, kept), (full_flow, full) in zip(*(stream(case, k, options) for k in (True, False)), strict=True):
-        assert torch.equal(flow, full_flow) and same(kept, full) == []
+    assert differences(stream(case, True, options), stream(case, False, options)) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,9 +230,6 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
-
-
 @every_case
 def test_announced_chunks_are_those_of_forward(name, options):
     """In two halves, announced once for two runs; no run reads from the device once the text is known; tables stay in place."""
@@ -250,7 +247,7 @@ def test_announced_chunks_are_those_of_forward(name, options):
                 cache.commit()
                 case.model.predict(case.clean[:, first:last], torch.zeros(B), **of_clean(given), keys_only=True)
                 cache.commit()
-            assert first == 0 or not WAITS & set(watch.names)
+            assert first == 0 or not READS & set(watch.names)
             assert torch.equal(got, flow) and same(contents(cache), kept) == []
             rope = cache.announced(frames)
             if "window_frames" in options:
@@ -324,45 +321,6 @@ def test_announcing_is_work_of_the_device_alone(rotated):
     assert len(tables) == 1
 
 
-# where a chunk is
-
-
-@pytest.mark.parametrize("block, window, sink", [(4, 20, 0), (3, 5, 0), (2, 7, 3), (3, 7, 1), (4, 4, 0), (1, 5, 2), (4, 10, 4)])
-def test_phases_repeat_when_the_ring_is_full(block, window, sink):
-    """After lcm(block, ring) / block chunks; equal phases are at equal addresses, and others at others."""
-    ring = window - sink
-    period = block * ring // gcd(block, ring) // block
-    cache, phases, places = KVCache(1, window_frames=window, sink_frames=sink), [], {}
-    k = torch.zeros(1, block * 2, 1, 4)
-    for first in range(0, 4 * window * block, block):
-        cache.begin(first, block, 2)
-        assert cache.full == (first + block >= window)
-        slots = cache.slots(0, k, 1)
-        cache.write(0, k, k)
-        visible = cache.visible(0)
-        place = [(t.data_ptr(), t.shape) for t in (*(slots or ()), *visible)]
-        if cache.full and first >= sink:
-            phases.append(cache.phase)
-            assert places.setdefault(cache.phase, place) == place
-        cache.commit()
-        before = cache.phase
-        cache.begin(first, block, 2)  # the same chunk again
-        assert cache.phase == before
-    assert len(places) == len(set(phases)) == period
-    assert all(phases[i] == phases[i + period] for i in range(len(phases) - period))
-
-
-def test_a_growing_cache_is_never_full_and_no_phase_comes_twice():
-    cache, phases = KVCache(1), set()
-    for first in range(0, 40, 2):
-        cache.begin(first, 2, 3)
-        phases.add(cache.phase)
-        cache.write(0, *torch.zeros(2, 1, 6, 1, 4))
-        cache.commit()
-        assert not cache.full
-    assert len(phases) == 20
-
-
 def test_a_longer_text_is_another_phase():
     case = make("hunyuan")
     cache, longer = case.model.new_cache(B, H, W, text_tokens=12), case.whole | {"image_embeds": torch.randn(B, 4, 8)}
@@ -386,10 +344,7 @@ def on_a_rank(rank: int, ranks: int) -> dict[str, list[str]]:
             continue
         case = make(name)
         case.model.sequence_parallel = SequenceParallel(dist.group.WORLD)
-        found[f"{name} {options}, sequence parallel"] = [
-            part for (flow, kept), (full_flow, full) in zip(*(stream(case, k, options) for k in (True, False)), strict=True)
-            for part in [*same(kept, full), *(["flow"] if not torch.equal(flow, full_flow) else [])]
-        ]  # fmt: skip
+        found[f"{name} {options}, sequence parallel"] = differences(stream(case, True, options), stream(case, False, options))
     for name in ("wan, camera", "hunyuan, camera, action"):
         case, alone = make(name), stream(make(name), False, WINDOW)
         for block in case.model.blocks:
@@ -397,7 +352,7 @@ def on_a_rank(rank: int, ranks: int) -> dict[str, list[str]]:
             fully_shard(block)
         fully_shard(case.model)
         sharded = stream(case, True, WINDOW)
-        found[f"{name}, shard units"] = [p for (_, a), (_, b) in zip(sharded, alone, strict=True) for p in same(a, b)]
+        found[f"{name}, shard units"] = differences(sharded, alone)
     return found
 
 

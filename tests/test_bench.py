@@ -315,11 +315,11 @@ def test_make_gpu_is_a_plan_of_five_steps():
     ):
         assert step in done.stdout, step
     limits = [int(seconds) for seconds in re.findall(r"timeout (\d+)", done.stdout)]
-    assert len(limits) == 5
+    assert len(limits) == 6
     end = int(re.search(r"left=\$\(\((\d+) - \$\(date \+%s\)\)\)", done.stdout)[1])
     assert 530 < end - time.time() <= 539  # what the benches have is what is left
     whole = int(re.search(r"GPU_SECONDS \?= (\d+)", (ROOT / "Makefile").read_text())[1])
-    assert whole < 9 * 60 and whole - sum(limits) >= 90
+    assert whole < 9 * 60 and whole - sum(limits) >= 60
     for op in ("adaln", "qk_norm_rope_prope", "sampler_steps", "ema_update"):
         assert re.search(rf"for op in [^;]*\b{op}\b", done.stdout), op
     assert not re.search(r"for op in [^;]*\bgenerate\b", done.stdout)

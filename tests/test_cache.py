@@ -1,4 +1,6 @@
-"""The ring cache against the frames that a windowed block-causal mask says are visible."""
+"""The ring cache against the frames that a windowed block-causal mask says are visible, and where a chunk is in it."""
+
+from math import gcd
 
 import pytest
 import torch
@@ -74,6 +76,42 @@ def test_memory_of_a_windowed_cache_is_constant_and_the_buffer_never_moves():
         pointers.add(seen.data_ptr())
     assert len(pointers) == 1
     assert cache.nbytes == 2 * 4 * T * 4  # k and v, 4 frames, T tokens, fp32
+
+
+@pytest.mark.parametrize("block, window, sink", [(4, 20, 0), (3, 5, 0), (2, 7, 3), (3, 7, 1), (4, 4, 0), (1, 5, 2), (4, 10, 4)])
+def test_phases_repeat_when_the_ring_is_full(block, window, sink):
+    """After lcm(block, ring) / block chunks; equal phases are at equal addresses, and others at others."""
+    ring = window - sink
+    period = block * ring // gcd(block, ring) // block
+    cache, phases, places = KVCache(1, window_frames=window, sink_frames=sink), [], {}
+    k = torch.zeros(1, block * 2, 1, 4)
+    for first in range(0, 4 * window * block, block):
+        cache.begin(first, block, 2)
+        assert cache.full == (first + block >= window)
+        slots = cache.slots(0, k, 1)
+        cache.write(0, k, k)
+        visible = cache.visible(0)
+        place = [(t.data_ptr(), t.shape) for t in (*(slots or ()), *visible)]
+        if cache.full and first >= sink:
+            phases.append(cache.phase)
+            assert places.setdefault(cache.phase, place) == place
+        cache.commit()
+        before = cache.phase
+        cache.begin(first, block, 2)  # the same chunk again
+        assert cache.phase == before
+    assert len(places) == len(set(phases)) == period
+    assert all(phases[i] == phases[i + period] for i in range(len(phases) - period))
+
+
+def test_a_growing_cache_is_never_full_and_no_phase_comes_twice():
+    cache, phases = KVCache(1), set()
+    for first in range(0, 40, 2):
+        cache.begin(first, 2, 3)
+        phases.add(cache.phase)
+        cache.write(0, *torch.zeros(2, 1, 6, 1, 4))
+        cache.commit()
+        assert not cache.full
+    assert len(phases) == 20
 
 
 def test_the_past_is_a_copy():

@@ -1,6 +1,7 @@
 """The command line: errors in one sentence, generated files, a whole training run, and the demo on toy sizes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,32 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "demo", stop)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "dit-ops demo: stopped after step 3\n"
+
+
+def test_a_full_gpu_is_one_sentence(monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of …")
+
+    monkeypatch.setattr(demo_module, "demo", full)
+    assert main(["demo"]) == 2
+    expected = "CUDA out of memory; docs/low_memory.md and docs/distributed.md say what helps\n"
+    assert capsys.readouterr().err == f"dit-ops demo: {expected}"
+
+
+def test_an_error_of_ours_is_a_traceback(monkeypatch):
+    def bug(*args, **kwargs):
+        raise RuntimeError("something inside is wrong")
+
+    monkeypatch.setattr(demo_module, "demo", bug)
+    with pytest.raises(RuntimeError, match="something inside"):
+        main(["demo"])
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    env = os.environ | {"PYTHONPATH": str(CONFIGS.parents[1])}
+    with subprocess.Popen([sys.executable, "-m", "dit_ops", "plan"], stdout=-1, stderr=-1, env=env) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_bench_passes_its_arguments_on(tmp_path, monkeypatch, capsys):

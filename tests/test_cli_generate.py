@@ -1,6 +1,7 @@
 """`dit-ops generate` beyond one video: batches with seeds of their own, continued files, ranks, and its arguments."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -164,7 +165,8 @@ def test_play_takes_the_same_arguments_of_the_model(model, monkeypatch):
     words = ["--mode", "autoregressive", "--condition", str(model / "condition"), "--compact-cache", "--device", "cpu"]
     assert main(["play", "--model", str(model), *words, "--sink-frames", "1"]) == 0
     assert type(served["pipeline"]).__name__ == "AutoregressivePipeline"
-    assert served["options"] == {"window_frames": SETTINGS.frames, "sink_frames": 1, "compact_cache": True}
+    given = {name: value for name, value in served["options"].items() if value is not None}
+    assert given == {"window_frames": SETTINGS.frames, "sink_frames": 1, "compact_cache": True}
     shared = {"mode", "condition", "device", "dtype", "compact_cache", "offload", "float8", "vae_tiling"}
     for command in (["play", "--model", "m"], ["generate", "--model", "m", "--prompt", "p"]):
         assert shared <= vars(parser().parse_args(command)).keys()
@@ -177,24 +179,106 @@ def test_play_takes_the_same_arguments_of_the_model(model, monkeypatch):
         (["--sequence-parallel", "0"], "must divide the number of processes, 1, got 0"),
         (["--preview"], "preview needs a terminal to draw in, but standard error is none"),
         (["--seed", "3", "--video", "gone.mp4"], "no such file: gone.mp4"),
+        (["--device", "gpu"], "--device must be cpu, cuda or cuda:N, got 'gpu'"),
+        (["--device", "cuda:99"], "--device must be one that torch can use, "),
+        (["--steps", "7", "--solver", "unipc"], "--steps, --solver: not used by FewStepPipeline"),
+        (["--mode", "bidirectional", "--window-frames", "8"], "--window-frames: not used by BidirectionalPipeline"),
+        (["--image", "picture.png"], "picture.png is not a picture that can be read"),
+        (["--image", "broken.png"], "broken.png is not a picture that can be read"),
+        (["--video", "picture.png"], "picture.png is not a video that FFmpeg can read"),
+        (["--pose", "pose.json"], "pose file pose.json is not one that can be read (Expecting property name"),
+        (["--pose", "zero.json"], "pose file zero.json is not one that can be read (float division by zero)"),
+        (["--pose", "nan.json"], "pose: the camera of frame 1 must be a rotation and a shift"),
+        (["--pose", "scaled.JSON"], "pose: the camera of frame 1 must be a rotation and a shift"),
+        (["--pose", "flat.json"], "pose: the camera of frame 1 must be a rotation and a shift, with positive focal lengths"),
+        (["--output", "a.avi"], "output must be a folder, or a file with the suffix .mp4, got a.avi"),
+        (["--output", "picture.png"], "output must be in a folder, picture.png is a file"),
+        (["--output", "picture.png/a.mp4"], "output must be in a folder, picture.png is a file"),
+        (["--video", "known.mp4"], "more than the 3 latent frames of the video, got 3"),
+        (["--height", "33"], "height must be a multiple of "),
     ],
 )
-def test_mistakes_are_named(model, tmp_path, capsys, words, message):
+def test_mistakes_are_named(model, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    write_mp4("known.mp4", torch.zeros(3, 3, 32, 48), SETTINGS.fps)
+    for name, content in (("picture.png", b"none"), ("broken.png", b"\x89PNG\r\n\x1a\n\0\0\0"), ("pose.json", b"{")):
+        Path(name).write_bytes(content)
+    for name, place, value in (
+        ("zero.json", ("K", 0, 2), 0.0),
+        ("nan.json", ("extrinsic", 0, 3), float("nan")),
+        ("scaled.JSON", ("extrinsic", 0, 0), 2.0),
+        ("flat.json", ("K", 0, 0), 0.0),
+    ):
+        frames = [{"extrinsic": torch.eye(4).tolist(), "K": [[24.0, 0, 24], [0, 16.0, 16], [0, 0, 1]]} for _ in range(3)]
+        matrix, row, column = place
+        frames[1][matrix][row][column] = value
+        Path(name).write_text(json.dumps({str(i): frame for i, frame in enumerate(frames)}))
+    before = sorted(tmp_path.iterdir())
     assert generate(model, tmp_path / "out", "--prompt", "a room", "--pose", "w*2", *words) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("dit-ops generate: ") and message in line and captured.out == ""
+    assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_bar_counts_frames_and_steps(capsys):
-    with cli_generate.Progress("video 2 of 3", 9, None) as progress:
+def test_all_items_are_checked_before_the_first_is_made(model, tmp_path, capsys):
+    lines = [LINES[0], {"prompt": "a long corridor", "pose": "w*2", "image": str(tmp_path / "a.png")}, {"prompt": "no pose"}]
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert generate(model, tmp_path / "out", "--prompts", str(tmp_path / "items.jsonl")) == 2
+    assert "the video of 'no pose' along no pose: this model follows a camera" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    (tmp_path / "model").mkdir()
+    assert generate(tmp_path / "model", tmp_path / "a" / "b", "--prompt", "a room", "--pose", "w*2") == 2
+    assert f"in a folder that can be written to, {tmp_path} cannot" in capsys.readouterr().err
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run_progress(stream: StringIO, monkeypatch, **options) -> str:
+    """Two chunks, and what they leave on standard error."""
+    monkeypatch.setattr("sys.stderr", stream)
+    with cli_generate.Progress("2 of 3: ", 9, None, **options) as progress:
         progress.on_step(1, 4)
         progress.on_chunk(torch.zeros(1, 5, 3, 2, 2))
         progress.on_step(2, 4)
         progress.on_chunk(torch.zeros(1, 4, 3, 2, 2))
         progress.on_step(4, 4)
-    bars = capsys.readouterr().err.split("\r")
-    assert bars[1].startswith("video 2 of 3: 0/9 frames |") and "0%, ? left" in bars[1]
-    last = bars[-1].strip()
-    assert last.startswith("video 2 of 3: 9/9 frames, ") and " per second |" in last and last.endswith("100%, 00:00 left")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_the_bar_counts_frames_and_steps(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (columns, 24))
+    bars = run_progress(Terminal(), monkeypatch).split("\r")
+    assert bars[1].startswith("2 of 3: 0/9 frames, ? left |")
+    assert re.match(r"2 of 3: 9/9 frames, [\d.]+ fps, 00:00", bars[-1].strip()), "also in a narrow terminal"
+    assert columns == 40 or bars[-1].strip().endswith("| 100%")
+    assert max(len(bar.strip()) for bar in bars) <= columns
+
+
+def test_a_log_file_gets_lines_and_not_many(monkeypatch):
+    assert run_progress(StringIO(), monkeypatch) == "", "no line before ten seconds"
+    text = run_progress(StringIO(), monkeypatch, interval=0)
+    assert "\r" not in text and re.fullmatch(r"2 of 3: 9/9 frames, [\d.]+ fps, 0 s left", text.splitlines()[-1])
+    assert len(text.splitlines()) == 3, "one per step"
+    assert run_progress(StringIO(), monkeypatch, interval=0, silent=True) == ""
+
+
+def test_a_mistake_takes_the_bar_with_it(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    with pytest.raises(ValueError), cli_generate.Progress("", 9, None):
+        raise ValueError("something")
+    assert stream.getvalue().split("\r")[-2].strip() == "", "the last thing is a cleared line"
 
 
 @pytest.mark.gpu
@@ -277,7 +361,7 @@ def test_ranks_share_a_video_or_deal_out_the_items(model, prompts, tmp_path, run
     # one item after the other to each process
     assert (first[2]["decoded"], second[2]["decoded"]) == (6, 3)
     assert sum(name in first[2]["text"] for name in names) == 2 and sum(name in second[2]["text"] for name in names) == 1
-    assert "frames |" not in second[2]["text"], "one process draws a bar"
+    assert " left" not in second[2]["text"], "one process shows progress"
     # errors, on every rank
     for one_rank in (first, second):
         assert one_rank[3]["code"] == 2 and "must divide the number of processes, 2, got 3" in one_rank[3]["text"]

@@ -1,5 +1,6 @@
 """Text and image encoders in host memory: on the device while they encode, and at no other time."""
 
+import gc
 import json
 import threading
 import time
@@ -219,9 +220,11 @@ def test_on_a_gpu_the_encoders_leave_no_memory_behind(name, directories):
     for key, value in expected.items():
         assert got[key].is_cuda
         torch.testing.assert_close(got[key], value, rtol=0, atol=0)
+    gc.collect()
     before = torch.cuda.memory_allocated()
     again = encode(condition)
     del again
+    gc.collect()
     assert torch.cuda.memory_allocated() == before
     for part in ENCODERS[name]:
         assert {tensor.device.type for tensor in weights(condition.component(part))} == {"cpu"}

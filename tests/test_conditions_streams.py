@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, AutoencoderKLWan
-from live_memory import LiveMemory
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +16,7 @@ from dit_ops.conditions import load
 from dit_ops.conditions._hunyuan_video15_decoder import HunyuanVideo15Decoder
 from dit_ops.conditions._wan_decoder import WanDecoder
 from dit_ops.conditions.linear import LinearCondition
+from dit_ops.memory import Alive
 
 SMALL = {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
 PATCHED = {"decoder_base_dim": 8, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
@@ -223,11 +223,11 @@ def test_threads_that_encode_and_decode_at_once_get_their_own_results(name, dire
 def memory_per_chunk(condition: Any, shape: tuple[int, ...], chunks: int, **options: Any) -> list[tuple[int, int]]:
     """(bytes that stay, most bytes at a time) of each chunk."""
     found = []
-    with LiveMemory() as memory:
+    with Alive() as alive:
         for _chunk in condition.decode_stream((torch.randn(shape) for _ in range(chunks)), **options):
             del _chunk
-            found.append((memory.now, memory.peak))
-            memory.peak = memory.now
+            found.append((alive.now, alive.most))
+            alive.most = alive.now
     return found
 
 
@@ -366,11 +366,11 @@ def test_memory_at_480_by_832_is_what_the_decoders_say(vae, decoder, shape, expe
     found = []
     for height, width in ((h, w), (down.tile, across.tile)):
         one = decoder(vae)
-        with torch.no_grad(), LiveMemory() as memory:
+        with torch.no_grad(), Alive() as alive:
             for _ in range(3):
                 one(torch.empty(1, channels, 1, height, width, device="meta"))
         past = sum(value.nbytes for value in one.past[0, 0].values() if isinstance(value, torch.Tensor))
-        found.append((memory.peak, past))
+        found.append((alive.most, past))
     (most, past), (most_of_tile, past_of_tile) = found
     rows, columns = (sum(min(a.tile, n - i) for i in range(0, n, a.stride)) for a, n in ((down, h), (across, w)))
     past_of_tiles = past * rows * columns / (h * w)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from toy_demo import STAGES, demo_folder
 
-from dit_ops.camera import invert_rigid, parse_trajectory, trajectory_from_json
+from dit_ops import rooms
+from dit_ops.camera import intrinsics_matrix, invert_rigid, parse_trajectory, trajectory_from_json
 from dit_ops.video import read_mp4
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,9 @@ def test_text_to_world(run):
 def test_image_to_world(run):
     printed, scope = run("image_to_world")
     codec = scope["pipeline"].condition
+    camera = torch.eye(4)[None], intrinsics_matrix(*scope["settings"].intrinsics)
+    seen = rooms.render(scope["PROMPT"], *camera, 64)[0]  # by the camera that the model knows
+    torch.testing.assert_close(scope["image"], seen, atol=0.01, rtol=0)
     first = codec.decode_to_pixel(codec.encode_to_latent(scope["image"][None, None]))[0, 0]
     for video in (scope["video"], *scope["worlds"]):
         torch.testing.assert_close(video[0], first, atol=1e-5, rtol=0)

@@ -62,7 +62,7 @@ def write_lines(path: Path, *lines: dict | str) -> Path:
 
 
 def test_a_line_takes_what_it_does_not_say_from_the_defaults(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     path = write_lines(
         tmp_path / "items.jsonl",
         {"prompt": "a"},
@@ -72,6 +72,14 @@ def test_a_line_takes_what_it_does_not_say_from_the_defaults(tmp_path):
     )
     read = read_items(path, pose="w*2", seed=3)
     assert read == [Item("a", "w*2", 3), Item("b", "s*1", 7, str(tmp_path / "a.png")), Item("c", None, 3)]
+
+
+@pytest.mark.parametrize(("name", "file"), [("image", "a.png"), ("video", "a.mp4"), ("pose", "a.json"), ("pose", "A.JSON")])
+def test_files_that_cannot_be_read_are_found_with_their_line(tmp_path, name, file):
+    (tmp_path / file).write_bytes(b"no")
+    path = write_lines(tmp_path / "items.jsonl", {"prompt": "a"}, {"prompt": "b", name: str(tmp_path / file)})
+    with pytest.raises(ValueError, match=f"line 2: .*{file} is not .* that .*can"):
+        read_items(path)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

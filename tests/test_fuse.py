@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_wan
 from diffusers import (
     AutoencoderKLWan,
     ContextParallelConfig,
@@ -24,16 +25,7 @@ from dit_ops import fuse, unfuse, use_backend
 from dit_ops.backbones import wan_fused
 from dit_ops.testing import assert_within_rounding
 
-TINY = dict(
-    num_layers=3,
-    num_attention_heads=2,
-    attention_head_dim=24,
-    ffn_dim=64,
-    text_dim=12,
-    freq_dim=32,
-    in_channels=4,
-    out_channels=4,
-)
+TINY = toy_wan.TINY | dict(num_layers=3)
 IMAGE = dict(image_dim=20, added_kv_proj_dim=48)
 CASES = ["t2v", "i2v", "per-token time", "no cross norm"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_hunyuan_video15
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
@@ -21,19 +22,7 @@ from dit_ops import fuse, unfuse, use_backend
 from dit_ops.backbones import hunyuan_video15_block, hunyuan_video15_fused
 from dit_ops.testing import assert_within_rounding
 
-TINY = dict(
-    in_channels=9,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_layers=3,
-    num_refiner_layers=1,
-    mlp_ratio=2.0,
-    text_embed_dim=12,
-    text_embed_2_dim=10,
-    image_embed_dim=8,
-    rope_axes_dim=(4, 6, 6),
-)
+TINY = toy_hunyuan_video15.TINY | toy_hunyuan_video15.CONDITIONED | dict(num_layers=3)
 
 
 def make(**config) -> HunyuanVideo15Transformer3DModel:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ from dit_ops.cli import main, parser
 from dit_ops.pipelines import loading
 from dit_ops.pipelines.bidirectional import BidirectionalPipeline
 from dit_ops.play.server import serve
-from dit_ops.video import read_mp4, write_mp4
+from dit_ops.video import read_mp4
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs/generate.md").read_text(encoding="utf-8")
@@ -43,10 +44,9 @@ EXAMPLES = [words[1] for words in COMMANDS if words[0] == "python" and words != 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What the guide takes for granted: the demo's models, a picture, a video and the file of requests that it shows."""
+    """What the guide takes for granted: the demo's models, a picture and the file of requests that it shows."""
     folder = demo_folder(tmp_path_factory.mktemp("guide"))
     Image.new("RGB", (100, 80), (200, 40, 30)).save(folder / "start.png")
-    write_mp4(folder / "known.mp4", torch.zeros(6, 3, 48, 64), 8)
     (lines,) = [text for language, text in FENCES if language == "jsonl"]
     (folder / "prompts.jsonl").write_text(lines)
     return folder
@@ -115,6 +115,9 @@ def test_the_python_fences_run(model, capsys):
 @pytest.mark.parametrize("words", GENERATE, ids=lambda words: " ".join(words[4:]))
 def test_generate(model, words, capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
+    if "--video" in words and not Path(words[words.index("--video") + 1]).is_file():  # which the command before it leaves
+        assert main(GENERATE[GENERATE.index(words) - 1][1:]) == 0
+        capsys.readouterr()
     with terminal() as got:
         assert main(words[1:]) == 0
     assert ("▀".encode() in got) == ("--preview" in words) and b"frames" in got
@@ -201,6 +204,11 @@ def test_the_play_command_serves_a_page_until_ctrl_c(model):
         (["--token="], "token must not be empty"),
         (["--port", "99999"], "port must be 0 to 65535, got 99999"),
         (["--window-frames", "2", "--sink-frames", "2"], "window_frames must exceed sink_frames"),
+        (["--window-frames", "0"], "window_frames must exceed sink_frames"),
+        (
+            ["--window-frames", "2", "--sink-frames", "1"],
+            "--window-frames must hold the sink (1) and a block of 2 frames, got 2",
+        ),
     ],
 )
 def test_mistakes_of_the_command_line_are_one_sentence(model, extra, message, capsys, monkeypatch):
@@ -208,6 +216,14 @@ def test_mistakes_of_the_command_line_are_one_sentence(model, extra, message, ca
     assert main(["play", "--model", str(model), "--port", "0", *extra]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit-ops play: ")]
     assert message in line
+
+
+def test_a_port_in_use_is_one_sentence(model, capsys, monkeypatch):
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: pytest.fail("the server was started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["play", "--model", str(model), "--port", str(port)]) == 2
+    assert f"dit-ops play: port {port} is in use already; --port 0 takes a free one\n" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_causal_is_refused():

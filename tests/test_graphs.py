@@ -1,7 +1,5 @@
 """Steps that are recorded once and replayed: the bits of a stream that launches every step anew; what a step leaves behind."""
 
-import gc
-
 import pytest
 import torch
 from test_pipelines import make_backbone
@@ -10,6 +8,7 @@ from toy_tape import Calls, Tapes, recorded
 
 import dit_ops
 from dit_ops.conditions.linear import LinearCondition
+from dit_ops.memory import Alive
 from dit_ops.pipelines import stages
 from dit_ops.pipelines.autoregressive import AutoregressivePipeline
 from dit_ops.pipelines.causal import CausalPass, capture_of
@@ -244,7 +243,7 @@ def test_what_is_recorded_and_when():
 
 def test_where_steps_are_not_recorded(wan, monkeypatch):
     assert capture_of(wan, True) is None  # no GPU
-    monkeypatch.setattr("dit_ops.pipelines.causal.cuda_graphs", lambda: "graphs")
+    monkeypatch.setattr("dit_ops.pipelines.causal.CudaGraphs", lambda device: "graphs")
     monkeypatch.setattr(type(wan), "device", torch.device("cuda"))
     assert capture_of(wan, True) == "graphs"
     assert capture_of(wan, False) is None
@@ -273,36 +272,28 @@ def held(owner: object, seen: set[int] | None = None) -> dict[int, int]:
     return found
 
 
-def live() -> list[int]:
-    """Bytes of every live storage, sorted."""
-    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-    plain = [t for t in tensors if not torch._is_functional_tensor(t) and t.layout == torch.strided]
-    return sorted({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
-
-
 @pytest.mark.parametrize(("family", "compact"), [("wan", False), ("hunyuan", True)], ids=["wan", "hunyuan, compact"])
 def test_no_step_leaves_memory_behind_once_the_ring_is_full(family, compact, wan, hunyuan, condition, narrow, monkeypatch):
     backbone, codec, size = (wan, condition, {}) if family == "wan" else (hunyuan, narrow, SMALL)
     options = {"window_frames": 4, "sink_frames": 1, "compact_cache": compact, "guidance": 2.0, "num_steps": 2}
     pipeline = AutoregressivePipeline(backbone, codec, SETTINGS.override(options | size))
-    passes, kept, bytes_live = [], [], []
+    passes, kept, alive_after = [], [], []
     make = stages.causal_passes
     monkeypatch.setattr(stages, "causal_passes", lambda *args: passes.extend(make(*args)) or passes)
 
     def step(done: int, total: int) -> None:
         kept.append([held(a_pass) for a_pass in passes])
-        bytes_live.append(live() if done > 5 else [])
+        alive_after.append(alive.now)
 
-    stream = pipeline.stream(PROMPT, pose=iter(["w*1", "l*1", "s*1", "j*1"] * 3), on_step=step)
-    gc.collect()
-    for chunk in stream:
-        del chunk
+    with Alive() as alive:
+        for chunk in pipeline.stream(PROMPT, pose=iter(["w*1", "l*1", "s*1", "j*1"] * 3), on_step=step):
+            del chunk
     assert len(kept) == 7 * 2 + 6 and len(passes) == 2  # six chunks of two frames, and one of one
     start, end = 2 + 3, -3  # from the third chunk on, which comes behind a rerun in a full ring, to the last of two frames
     assert sum(kept[start][0].values()) > 10_000
     assert all(at == kept[start] for at in kept[start:end])
     for i in range(3):
-        assert len({tuple(sizes) for sizes in bytes_live[start + i : end : 3]}) == 1, f"step {i} of a chunk"
+        assert len(set(alive_after[start + i : end : 3])) == 1, f"step {i} of a chunk"
 
 
 class Transfers(Calls):

@@ -15,7 +15,7 @@ from dit_ops.backbones.hunyuan_video15 import HunyuanVideo15Backbone
 from dit_ops.backbones.wan import WanBackbone
 from dit_ops.conditions._streaming import decode_chunks
 from dit_ops.float8 import Float8Linear, to_float8
-from dit_ops.offload import Ring
+from dit_ops.offload import DoubleBuffer
 from dit_ops.pipelines import loading
 from dit_ops.training import plan
 
@@ -86,7 +86,7 @@ def test_published_models_have_their_sizes(name):
 def test_offloaded_bytes_are_those_of_an_offloaded_model(name, monkeypatch):
     model, made = make(name, 6), []
     device, host, copied = memory.offloaded_bytes(model)
-    monkeypatch.setattr(offload, "Ring", lambda *args: made.append(Ring(*args)) or made[-1])
+    monkeypatch.setattr(offload, "DoubleBuffer", lambda *args: made.append(DoubleBuffer(*args)) or made[-1])
     offload.offload_blocks(model, "cpu")
     (ring,) = made
     inside = {id(t) for unit in ring.units for t in unit}
@@ -143,8 +143,9 @@ HUNYUAN_VAE = dict(latent_channels=4, block_out_channels=(16, 16, 32), layers_pe
 
 
 @pytest.mark.parametrize("kind", ["wan", "hunyuan"])
-def test_decoding_takes_what_decoding_all_tiles_takes(kind):
+def test_decoding_takes_what_decoding_all_tiles_takes(kind, monkeypatch):
     """One tile was run for the estimate; here all are, of which the last ones are smaller."""
+    monkeypatch.setattr(memory, "CHUNK", 2)
     with torch.device("meta"):
         if kind == "wan":
             vae = AutoencoderKLWan(**WAN_VAE, latents_std=[1.0] * 4, scale_factor_spatial=4)

@@ -18,7 +18,7 @@ from toy_rooms import random_rooms
 from dit_ops import offload
 from dit_ops.backbones.wan import WanBackbone
 from dit_ops.float8 import to_float8
-from dit_ops.offload import ALIGNMENT, Ring, allocations, block_modules, offload_blocks, power_of_two, tensors_of
+from dit_ops.offload import ALIGNMENT, DoubleBuffer, allocations, block_modules, offload_blocks, power_of_two, tensors_of
 from dit_ops.pipelines import loading
 
 WAN = dict(patch_size=[1, 2, 2], num_attention_heads=2, attention_head_dim=12, in_channels=2, out_channels=2)
@@ -194,7 +194,7 @@ def race(monkeypatch):
 
     def run(model: torch.nn.Module, steps: int) -> Accesses:
         given, made = inputs(model), []
-        monkeypatch.setattr(offload, "Ring", lambda *args: made.append(Ring(*args)) or made[-1])
+        monkeypatch.setattr(offload, "DoubleBuffer", lambda *args: made.append(DoubleBuffer(*args)) or made[-1])
         offload_blocks(model, "cpu")
         with Accesses(device, made[0].slots) as accesses:
             for _ in range(steps):

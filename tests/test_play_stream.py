@@ -1,7 +1,6 @@
 """The play engine: encoding beside the model, what a stream's chunks say of themselves, and several kinds of models."""
 
 import asyncio
-import gc
 import json
 import threading
 import time
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from live_tensors import live_tensors
 from toy_hunyuan_directory import save as save_hunyuan
 from toy_play import START, ToyPipeline, get, page, running, until
 from toy_rooms import random_rooms
@@ -279,17 +279,15 @@ def test_models_of_every_kind_are_steered_through_the_server(models, kind, tmp_p
 
 
 def test_sessions_one_after_the_other_leave_nothing(models):
-    def sessions() -> tuple[int, int]:
-        """Bytes of live tensors and threads after one of each kind."""
+    def sessions() -> tuple[tuple[int, int], int]:
+        """Live tensors and threads after one of each kind."""
         for model in models.values():
             stream = Stream(model, "a red room", 5, 1000, overlap=True, window_frames=4)
             for _ in range(3):
                 stream.next_chunk()
             stream.close()
         del stream
-        gc.collect()
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-        return sum(thing.numel() * thing.element_size() for thing in tensors), threading.active_count()
+        return live_tensors(), threading.active_count()
 
     assert sessions() == sessions()
 

@@ -200,6 +200,6 @@ def test_generate_shows_the_video_and_ctrl_c_leaves_a_clean_terminal(tmp_path):
         os.close(theirs)
     assert screen.picture() == [] and screen.colours == [None, None]
     bar, last = screen.texts()
-    assert re.match(r"video 1 of 1: \d+/4001 frames, [\d.]+ per second \|.*\d+%, .* left$", bar), bar
+    assert re.match(r"\d+/4001 frames, [\d.]+ fps, [\d:]+ left \|.*\d+%$", bar), bar
     assert last == "dit-ops generate: stopped"
-    assert not list((tmp_path / "out").iterdir()), "no half video is left, not even a hidden one"
+    assert not list((tmp_path / "out").glob("*")), "no half video is left, not even a hidden one"

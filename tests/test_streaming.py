@@ -1,10 +1,10 @@
 """Poses that are decided while a video streams: the same bits as all at once, read when they are needed, in constant memory."""
 
-import gc
 import itertools
 
 import pytest
 import torch
+from live_tensors import live_tensors
 
 from dit_ops.backbones.wan import WanBackbone
 from dit_ops.camera import DEFAULT_INTRINSICS, intrinsics_matrix, parse_trajectory
@@ -93,28 +93,19 @@ def test_the_rerun_waits_for_the_next_block_and_the_last_is_left_out(causal, con
     assert len(steps) == 2 + 1 + 2
 
 
-def live() -> tuple[int, int]:
-    """Live tensors and their bytes."""
-    gc.collect()
-    plain = (torch.Tensor, torch.nn.Parameter)  # no traced ones that another test left
-    tensors = [t for t in gc.get_objects() if type(t) in plain and not torch._is_functional_tensor(t)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided}
-    return len(tensors), sum(storages.values())
-
-
 def test_memory_is_flat_over_200_chunks(causal, condition):
     keys = itertools.cycle(["w*1", "l*1", "stay*1", "k+d*1", "s*1"])
     pipeline = FewStepPipeline(causal, condition, SETTINGS.override({"denoising_steps": (1000,)}))
     stream = pipeline.stream("a red room", pose=keys, window_frames=4, sink_frames=1)
     for _ in range(5):
         next(stream)
-    start = live()
+    start = live_tensors()
     for chunk in itertools.islice(stream, 200):
         assert chunk.isfinite().all()
     del chunk
-    assert live() == start
+    assert live_tensors() == start
     stream.close()
-    assert live()[1] < start[1]
+    assert live_tensors()[1] < start[1]
 
 
 def test_a_path_forgets_the_cameras_of_old_frames():

@@ -14,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+# operators for whose result the host waits
+READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 
 
 class Calls(TorchDispatchMode):
@@ -51,7 +52,7 @@ class Tape(Calls):
         self.replays = 0
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        assert func not in READS, f"{func} reads a value of the device while a graph is recorded"
+        assert func.name() not in READS, f"{func} reads a value of the device while a graph is recorded"
         recorded = tree_map(self._name, (args, kwargs))
         out = func(*args, **kwargs)
         new = [t for t in tensors(out) if key(t) not in self.outside and key(t) not in self.made]

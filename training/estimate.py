@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dit_ops.backbones._common import token_grid
 from dit_ops.layout import VideoLayout
 from dit_ops.registry import backbone_class
 from dit_ops.training import plan
@@ -64,12 +65,6 @@ def costs_of(backbone: Any, video: dict[str, Any], block_frames: int) -> Costs:
             blocks.append(count(latents[:, first:last], **chunk))
             reruns.append(count(latents[:, first:last], **chunk, keys_only=True))
     return Costs(count(latents), count(latents, clean_latents=latents), tuple(blocks), sum(reruns[:-1]))
-
-
-def tokens_per_frame(backbone: Any, latent: tuple[int, ...]) -> int:
-    patch = backbone.config.patch_size  # one number, or (t, h, w)
-    *_, ph, pw = (patch, patch) if isinstance(patch, int) else patch
-    return (latent[1] // ph) * (latent[2] // pw)
 
 
 def step_flops(config: RunConfig, costs: Costs) -> float:
@@ -137,7 +132,9 @@ def table(configs: Path) -> str:
             video = {key: torch.empty(1, *((FRAMES,) if key == "latents" else ()), *shape) for key, shape in shapes.items()}
             video |= {"viewmats": torch.empty(1, FRAMES, 4, 4), "Ks": torch.empty(1, FRAMES, 3, 3)}
             costs = costs_of(backbone, video, BLOCK)
-        tokens = FRAMES * tokens_per_frame(backbone, shapes["latents"])
+        _, height, width = shapes["latents"]
+        H, W = token_grid(height, width, backbone.patch)
+        tokens = FRAMES * H * W
         for stage in STAGES:
             given = load_config(configs / folder / f"{stage}.yaml")
             for gpus in numbers if stage != "ode_sampling" else (1,):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_ops.backbones._common import token_grid
 from dit_ops.layout import VideoLayout
 from dit_ops.masks import Full, TeacherForcing
 
@@ -27,10 +28,8 @@ def forward_flops(backbone: Any, latents: Tensor, timestep: Tensor, encoder_hidd
 def video(backbone: Any, latents: Tensor, timestep: Tensor, given: dict[str, Any]) -> tuple[VideoLayout, int, int]:
     """The layout (no prefix), the frames of past keys that are seen beside it, and the rows of modulation."""
     _, frames, _, height, width = latents.shape
-    patch = backbone.config.patch_size
-    ph, pw = (patch, patch) if isinstance(patch, int) else patch[-2:]
     halves = 1 if given.get("clean_latents") is None else 2
-    layout = VideoLayout(frames, height // ph, width // pw, backbone.block_frames, halves)
+    layout = VideoLayout(frames, *token_grid(height, width, backbone.patch), backbone.block_frames, halves)
     cache = given.get("cache")
     limit = math.inf if cache is None or cache.window_frames is None else cache.window_frames
     past = 0 if cache is None else int(min(given.get("start_frame", 0), max(0, limit - frames)))

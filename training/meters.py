@@ -99,8 +99,7 @@ class Meters:
 
 def video_tokens(backbone: nn.Module, latents: Tensor) -> int:
     """Tokens of latents [B, F, Cz, h, w]; without a known patch every latent pixel is one."""
-    patch = getattr(getattr(backbone, "config", None), "patch_size", 1)
-    ph, pw = patch[-2:] if isinstance(patch, (list, tuple)) else (patch, patch)
+    ph, pw = getattr(backbone, "patch", (1, 1))
     if latents.dim() != 5:
         return latents.shape[0]
     B, frames, _, height, width = latents.shape

@@ -7,7 +7,7 @@ decoded once, one at a time, and the stock attention's mask [F·h·w, F·h·w] i
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from dit_ops.conditions._streaming import Axis, Past, StreamDecoder
@@ -58,7 +58,7 @@ def causal_conv(layer: Any, x: Tensor, past: Past) -> Tensor:
     known = past[layer] if past[layer] is not None else x[:, :, :1].expand(-1, -1, before, -1, -1)
     x = torch.cat([known, x], dim=2)
     past[layer] = x[:, :, x.shape[2] - before :].clone()
-    return layer.conv(F.pad(x, (left, right, top, bottom, 0, 0), mode=layer.pad_mode))
+    return layer.conv(nnf.pad(x, (left, right, top, bottom, 0, 0), mode=layer.pad_mode))
 
 
 def resnet(layer: Any, x: Tensor, past: Past) -> Tensor:
@@ -75,7 +75,7 @@ def attention(layer: Any, x: Tensor, past: Past, context: int | None) -> Tensor:
     if past[layer] is not None:
         kv = torch.cat([past[layer], kv], dim=2)
     past[layer] = kv if context is None else kv[:, :, -context * q.shape[1] :]
-    o = F.scaled_dot_product_attention(q[:, None], kv[0][:, None], kv[1][:, None])[:, 0]
+    o = nnf.scaled_dot_product_attention(q[:, None], kv[0][:, None], kv[1][:, None])[:, 0]
     return layer.proj_out(o.transpose(1, 2).view_as(x)) + x
 
 

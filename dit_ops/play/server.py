@@ -12,7 +12,6 @@ import uvicorn
 from fastapi import FastAPI, Response, WebSocket, WebSocketDisconnect
 from fastapi.websockets import WebSocketState
 
-from dit_ops.pipelines.bidirectional import BidirectionalPipeline
 from dit_ops.play.client import Client
 from dit_ops.play.engine import Engine, Limits
 from dit_ops.play.gate import Gate, is_loopback
@@ -126,7 +125,7 @@ def new_server(
 def serve(pipeline: Any, *args: Any, say: Callable[[str], None], **options: Any) -> None:
     """Runs a server of `new_server` until Ctrl-C; `say` gets its address. The pipeline must be a causal one with a camera."""
     backbone = pipeline.backbone
-    if isinstance(pipeline, BidirectionalPipeline):
+    if not pipeline.causal:
         raise ValueError("play needs a causal model, which makes a video block by block; this one makes all frames at once")
     if backbone.camera is None:
         raise ValueError("play needs a model that follows a camera; this one has no camera branch")
