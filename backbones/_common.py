@@ -1,7 +1,6 @@
 """What the backbones share: a stock diffusers transformer, our branches beside it, strict loading, atomic saving."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing_extensions import Self
 
 from dit_ops.cache import KVCache
 from dit_ops.camera import projective_cameras
-from dit_ops.files import atomic_path, read_safetensors, read_weights
+from dit_ops.files import atomic_path, read_safetensors
 from dit_ops.parallel import SequenceParallel
 from dit_ops.rope import Rope3D
 
@@ -146,6 +145,10 @@ class DiffusersBackbone(nn.Module):
         """Known frames may be given beside the noisy ones, in channels of their own."""
         return self.config.in_channels > self.latent_channels
 
+    def keep_known(self, x: Tensor, **conditions: Any) -> Tensor:
+        """A result [B, F, Cz, h, w] with the frames that the conditions of these frames say are known."""
+        return x
+
     def announce(
         self,
         cache: KVCache,
@@ -267,27 +270,6 @@ def token_grid(height: int, width: int, patch: tuple[int, int]) -> tuple[int, in
     if height % ph or width % pw:
         raise ValueError(f"latent height and width must be multiples of the patch {ph}×{pw}, got {height}×{width}")
     return height // ph, width // pw
-
-
-# original checkpoints
-
-PREFIX = re.compile(r"^(model\.)?(_fsdp_wrapped_module\.)?")
-WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-
-
-def original_state(weights: dict | str | Path, ema: bool | None) -> dict[str, Tensor]:
-    """The one state dict to load from original weights or a training checkpoint of several, without wrappers' prefixes.
-
-    ema: True takes `generator_ema`, False `generator`, None the EMA where the file has one.
-    """
-    state: dict = weights if isinstance(weights, dict) else read_weights(weights)
-    if ema is True and "generator_ema" not in state:
-        raise ValueError(f"ema=True, but the file has no 'generator_ema'; it has {sorted(state)[:5]}")
-    for key in ("generator_ema",) * (ema is not False) + ("generator", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    return {WRAPPERS.sub("", PREFIX.sub("", name, count=1)): tensor for name, tensor in state.items()}
 
 
 def _check_video(

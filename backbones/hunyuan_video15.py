@@ -30,7 +30,6 @@ from dit_ops.parallel import SequenceParallel
 from dit_ops.rope import Rope3D
 
 PROPE_CACHES = ("separate", "shared")
-MAX_TEXT = 729 + 256 + 1000  # tokens of the image, the glyphs and the prompt at most
 
 
 class HunyuanVideo15Backbone(DiffusersBackbone):
@@ -138,7 +137,7 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         """A cache for streaming latents `[batch, ·, Cz, height, width]`; window and sink are counted in latent frames.
 
         rotated = False takes half the memory of a camera model's cache and turns keys and values when it reads them.
-        text_tokens: room for the keys of the text, image and glyphs included (MAX_TEXT at most), where a longer text may come
+        text_tokens: room for the keys of the text, image (729) and glyphs (256) included, where a longer text may come
         later in the stream; None = as many as the first text has.
         """
         if batch < 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dit_ops.backbones._common import original_state
+from dit_ops.backbones._original import original_state
 
 Names = tuple[tuple[str, str], ...]  # (original, diffusers), beginnings of names; the first that fits counts
 

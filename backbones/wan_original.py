@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dit_ops.backbones._common import original_state
+from dit_ops.backbones._original import original_state
 
 RENAMES = [  # (pattern, replacement), first match wins
     (r"time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),

@@ -18,6 +18,4 @@ class AutoregressivePipeline(CausalPipeline):
         x = stages.initial_noise(state, first, last)
         for i, t in enumerate(state.timesteps):
             x = sampler.step(i, x, *stages.predict_flow(self.backbone, state, x, t, first, passes))
-        if hasattr(self.backbone, "keep_known"):
-            x = self.backbone.keep_known(x, **of_frames(state.conditions[0], first, last))
-        return x
+        return self.backbone.keep_known(x, **of_frames(state.conditions[0], first, last))

@@ -1,6 +1,6 @@
 """What all pipelines share: the list of stages, run as a stream or to the end, and the loop over causal blocks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Pipeline:
         stages.choose_timesteps,
         stages.encode_text,
         stages.encode_image,
-        stages.encode_prefix,
+        stages.encode_video,
     )
     causal = True
 
@@ -43,7 +43,6 @@ class Pipeline:
         """Clean latents [B, F, Cz, h, w], chunk by chunk."""
         raise NotImplementedError
 
-    @torch.inference_mode()
     def stream(
         self,
         prompts: str | Sequence[str],
@@ -56,7 +55,7 @@ class Pipeline:
         overlap: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
         **options: Any,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """Yields decoded chunks [B, Fp, 3, H, W] in [−1, 1] as they are ready.
 
         pose      a pose string, one per prompt, or (viewmats [F, 4, 4], Ks [F, 3, 3]); a model with a camera branch needs one;
@@ -73,7 +72,15 @@ class Pipeline:
         options   any field of Settings
         """
         settings = self.settings.override(options)
-        state = validate(self.backbone, self.condition, prompts, pose, seed, frames, settings, image, video, causal=self.causal)
+        with torch.inference_mode():
+            given = (prompts, pose, seed, frames, settings, image, video)
+            state = validate(self.backbone, self.condition, *given, causal=self.causal)
+        return self._chunks(state, overlap, on_step)
+
+    @torch.inference_mode()
+    def _chunks(
+        self, state: State, overlap: bool | None, on_step: Callable[[int, int], None] | None
+    ) -> Generator[Tensor, None, None]:
         for stage in self.stages:
             stage(state, self.backbone, self.condition)
         if on_step is not None:

@@ -24,4 +24,4 @@ class BidirectionalPipeline(Pipeline):
         x = stages.initial_noise(state, 0, stages.all_frames(state))
         for i, t in enumerate(state.timesteps):
             x = sampler.step(i, x, *stages.predict_flow(self.backbone, state, x, t))
-        yield self.backbone.keep_known(x, **state.conditions[0]) if hasattr(self.backbone, "keep_known") else x
+        yield self.backbone.keep_known(x, **state.conditions[0])

@@ -26,7 +26,7 @@ def choose_few_timesteps(state: State, backbone: Any, condition: Any) -> None:
 class FewStepPipeline(CausalPipeline):
     """Causal backbone distilled to the few levels of `denoising_steps`, shifted."""
 
-    stages = (choose_few_timesteps, stages.encode_text, stages.encode_image, stages.encode_prefix)
+    stages = (choose_few_timesteps, stages.encode_text, stages.encode_image, stages.encode_video)
 
     def denoise_block(self, state: State, first: int, last: int, passes: list[CausalPass]) -> Tensor:
         x = stages.initial_noise(state, first, last)

@@ -77,6 +77,8 @@ def load(
     """
     directory = Path(directory)
     index = read_index(directory)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype, such as torch.bfloat16, got {dtype!r}")
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     cls = pipeline_class(MODES[mode] if mode else index["_class_name"])

@@ -45,6 +45,10 @@ class Settings:
     intrinsics: tuple[float, float, float, float] = DEFAULT_INTRINSICS
 
     def __post_init__(self):
+        for name in ("num_steps", "frames", "height", "width", "block_frames", "window_frames", "sink_frames"):
+            value, optional = getattr(self, name), name in ("block_frames", "window_frames")
+            if not isinstance(value, int) and not (optional and value is None):
+                raise ValueError(f"{name} must be a whole number{' or None' if optional else ''}, got {value!r}")
         for name in ("num_steps", "frames", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

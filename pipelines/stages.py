@@ -1,6 +1,6 @@
 """The stages of generation: small functions over one small state (pipelines/request.py).
 
-validate → the pipeline's list, by default encode_text, encode_image, encode_prefix, choose_timesteps → denoise, which draws
+validate → the pipeline's list, by default encode_text, encode_image, encode_video, choose_timesteps → denoise, which draws
 initial_noise and asks predict_flow → decode → write_videos
 
 A stage of the list takes (state, backbone, condition) and fills its part of the state. Every random number is drawn by
@@ -47,7 +47,7 @@ def encode_image(state: State, backbone: Any, condition: Any) -> None:
         of_pass |= {name: value.repeat(copies, *[1] * (value.dim() - 1)) for name, value in given.items()}
 
 
-def encode_prefix(state: State, backbone: Any, condition: Any) -> None:
+def encode_video(state: State, backbone: Any, condition: Any) -> None:
     """Latents of the known first frames that are continued."""
     if state.video is not None:
         known = condition.encode_to_latent(state.video).to(state.device, torch.float32)

@@ -276,6 +276,8 @@ def test_model_directory_round_trip(tmp_path, causal, condition):
     assert type(loading.load(tmp_path / "model", device="cpu", mode="autoregressive")) is AutoregressivePipeline
     half = loading.load(tmp_path / "model", device="cpu", dtype=torch.bfloat16)
     assert half.backbone.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be a torch.dtype, such as torch.bfloat16, got 'bfloat16'"):
+        loading.load(tmp_path / "model", device="cpu", dtype="bfloat16")
     assert (half(PROMPT, pose=POSE) - video).abs().mean() < 0.1
 
 

@@ -47,6 +47,25 @@ def test_a_mistake_is_one_sentence(pipeline, prompts, options, message):
         pipeline(prompts, **({"pose": "w*2"} | options))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("window_frames", "8", "a whole number or None"),
+        ("block_frames", 2.0, "a whole number or None"),
+        ("num_steps", "4", "a whole number"),
+        ("height", 64.0, "a whole number"),
+    ],
+)
+def test_a_size_is_a_whole_number(pipeline, name, value, wanted):
+    with pytest.raises(ValueError, match=f"{name} must be {wanted}, got {value!r}"):
+        pipeline.stream("a red room", pose="w*2", **{name: value})
+
+
+def test_a_mistake_is_told_before_the_first_chunk_is_asked_for(pipeline):
+    with pytest.raises(ValueError, match="segment 1"):
+        pipeline.stream("a red room", pose="x*2")
+
+
 def test_what_is_meant_is_taken(pipeline):
     """Numpy's integers, any iterable of prompts and seeds, poses with rounding errors."""
 

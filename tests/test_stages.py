@@ -66,11 +66,11 @@ def test_an_image_is_the_same_in_every_pass(batched, causal, condition):
 
 def test_known_frames_are_encoded_once_for_all_prompts(causal, condition):
     state = request(causal, condition, video=torch.rand(3, 3, 32, 48) - 0.5)
-    stages.encode_prefix(state, causal, condition)
+    stages.encode_video(state, causal, condition)
     assert state.video.shape[0] == 1 and state.known.shape == (2, 3, 16, 4, 6)
     assert torch.equal(state.known, condition.encode_to_latent(state.video).expand(2, -1, -1, -1, -1))
     plain = request(causal, condition)
-    stages.encode_prefix(plain, causal, condition)
+    stages.encode_video(plain, causal, condition)
     assert plain.known is None
 
 
@@ -118,7 +118,7 @@ def test_blocks_and_their_steps(known, blocks, causal, condition):
         made = sum(first >= known for first, _ in blocks)
         assert seen == [(i + 1, made * steps + len(blocks) - 1) for i in range(made * steps + len(blocks) - 1)]
     pieces = request(causal, condition, prompts="a room", pose=iter(["w*2", "l*2,k*4"]), video=video)
-    stages.encode_prefix(pieces, causal, condition)
+    stages.encode_video(pieces, causal, condition)
     assert list(stages.causal_blocks(causal, pieces)) == blocks
     assert stages.count_steps(causal, pieces) is None
 

@@ -68,7 +68,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.settings = self.pipeline.settings.override(self.options)
-        check_window("play", self.settings.window_frames, self.settings.sink_frames)
+        check_window("the cache", self.settings.window_frames, self.settings.sink_frames)
         device = self.pipeline.backbone.device
         self.turn = Turn()
         self.clients = 0
