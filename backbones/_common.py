@@ -25,7 +25,7 @@ class DiffusersBackbone(nn.Module):
 
     A subclass sets `stock` (the diffusers class), `branches` (modules that diffusers lacks: None until `add_<branch>()`, kept
     in `<branch>.safetensors`) and `options` (constructor arguments beside the branches, kept in `dit_ops.json`); it builds
-    `self.transformer` and one attribute of the same name for every branch and option.
+    `self.transformer` and one attribute of the same name for every branch and option, and defines `_flow`.
     """
 
     stock: Any
@@ -191,26 +191,29 @@ class DiffusersBackbone(nn.Module):
         rope = cache.announced(latents.shape[1])
         return self._flow(latents, timestep, encoder_hidden_states, rope=rope, cache=cache, keys_only=keys_only, **given)
 
-    def _run(
+    def forward(
         self,
-        latents: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
+        latents: Tensor,  # [B, F, Cz, h, w]
+        timestep: Tensor,  # [B] or [B, F], 0 … 1000
+        encoder_hidden_states: Tensor,  # [B, T, C_text], as the condition side pads it
         *,
-        clean_latents: Tensor | None,
-        clean_timestep: Tensor | None,
-        viewmats: Tensor | None,
-        Ks: Tensor | None,
-        cache: KVCache | None,
-        start_frame: int,
-        keys_only: bool,
-        **given: Any,
+        clean_latents: Tensor | None = None,  # [B, F, Cz, h, w]: teacher forcing
+        clean_timestep: Tensor | None = None,  # [B] or [B, F], zeros by default
+        viewmats: Tensor | None = None,  # [B, F, 4, 4] world-to-camera
+        Ks: Tensor | None = None,  # [B, F, 3, 3] normalised
+        cache: KVCache | None = None,  # causal streaming: latents are the next chunk
+        start_frame: int = 0,  # absolute index of the chunk's first frame
+        keys_only: bool = False,  # streaming: see `predict`
+        **conditions: Any,  # the model's own: see its `_flow`
     ) -> Tensor:
-        """What every `forward` does with its arguments."""
+        """The flow `v = ε − x0` [B, F, Cz, h, w] of the noisy latents: teacher forcing, streaming, or else bidirectional.
+
+        In streaming the chunk's keys and values are stored when gradients are off (see KVCache).
+        """
         _check_keys_only(keys_only, cache)
         _check_video(latents, clean_latents, viewmats, Ks, cache, self.camera is not None)
         _, frames, _, height, width = latents.shape
-        given |= {"viewmats": viewmats, "Ks": Ks}
+        given = {"viewmats": viewmats, "Ks": Ks, **conditions}
         if cache is None:
             given |= {"clean_latents": clean_latents, "clean_timestep": clean_timestep, "start_frame": start_frame}
             rope = self.rope.tables(start_frame + frames, *token_grid(height, width, self.patch), latents.device)

@@ -148,49 +148,6 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         layers, room = len(self.blocks), text_tokens or 0
         return KVCache(layers, window_frames=window_frames, sink_frames=sink_frames, prefix=room, rotated=rotated)
 
-    def forward(
-        self,
-        latents: Tensor,  # [B, F, Cz, h, w]
-        timestep: Tensor,  # [B] or [B, F]
-        encoder_hidden_states: Tensor,  # [B, T, C_text] LLM states
-        *,
-        encoder_attention_mask: Tensor | None = None,  # [B, T], 0 at padding
-        encoder_hidden_states_2: Tensor | None = None,  # [B, T', C_byt5] glyph states
-        encoder_attention_mask_2: Tensor | None = None,  # [B, T']
-        image_embeds: Tensor | None = None,  # [B, T'', C_image]; zeros = no image
-        condition_latents: Tensor | None = None,  # [B, F, Cz + 1, h, w] image latents and mask; None = zeros: text to video
-        clean_latents: Tensor | None = None,  # teacher forcing: as latents
-        clean_timestep: Tensor | None = None,  # [B] or [B, F]; None = 0
-        viewmats: Tensor | None = None,  # [B, F, 4, 4] world-to-camera
-        Ks: Tensor | None = None,  # [B, F, 3, 3] normalised
-        action: Tensor | None = None,  # [B, F] labels; None in streaming: the rerun of a clean chunk
-        cache: KVCache | None = None,  # causal streaming: latents are the next chunk
-        start_frame: int = 0,  # absolute index of the chunk's first frame
-        keys_only: bool = False,  # streaming: see `predict`
-    ) -> Tensor:
-        """The flow `v = ε − x0` of the noisy latents: teacher forcing, streaming, or else bidirectional.
-
-        In streaming the chunk's keys and values are stored when gradients are off (see KVCache).
-        """
-        return self._run(
-            latents,
-            timestep,
-            encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            encoder_hidden_states_2=encoder_hidden_states_2,
-            encoder_attention_mask_2=encoder_attention_mask_2,
-            image_embeds=image_embeds,
-            condition_latents=condition_latents,
-            clean_latents=clean_latents,
-            clean_timestep=clean_timestep,
-            viewmats=viewmats,
-            Ks=Ks,
-            action=action,
-            cache=cache,
-            start_frame=start_frame,
-            keys_only=keys_only,
-        )
-
     def _flow(
         self,
         latents: Tensor,
@@ -198,16 +155,16 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         encoder_hidden_states: Tensor,
         *,
         rope: Rope,
-        encoder_attention_mask: Tensor | None = None,
-        encoder_hidden_states_2: Tensor | None = None,
-        encoder_attention_mask_2: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        condition_latents: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,  # [B, T], 0 at padding
+        encoder_hidden_states_2: Tensor | None = None,  # [B, T', C_byt5] glyph states
+        encoder_attention_mask_2: Tensor | None = None,  # [B, T']
+        image_embeds: Tensor | None = None,  # [B, T'', C_image]; zeros = no image
+        condition_latents: Tensor | None = None,  # [B, F, Cz + 1, h, w] image latents and mask; None = zeros: text to video
         clean_latents: Tensor | None = None,
         clean_timestep: Tensor | None = None,
         viewmats: Tensor | None = None,
         Ks: Tensor | None = None,
-        action: Tensor | None = None,
+        action: Tensor | None = None,  # [B, F] labels; None in streaming: the rerun of a clean chunk
         cache: KVCache | None = None,
         start_frame: int = 0,
         keys_only: bool = False,

@@ -106,41 +106,6 @@ class WanBackbone(DiffusersBackbone):
         token_grid(height, width, self.patch)
         return KVCache(len(self.blocks), window_frames=window_frames, sink_frames=sink_frames, rotated=rotated)
 
-    def forward(
-        self,
-        latents: Tensor,  # [B, F, Cz, h, w]
-        timestep: Tensor,  # [B] or [B, F], 0 … 1000
-        encoder_hidden_states: Tensor,  # [B, T, C_text], as the condition side pads it
-        *,
-        encoder_hidden_states_image: Tensor | None = None,  # [B, T_image, C_image]
-        condition_latents: Tensor | None = None,  # [B, F, C_condition, h, w], joined to the latents' channels (I2V)
-        clean_latents: Tensor | None = None,  # [B, F, Cz, h, w]: teacher forcing
-        clean_timestep: Tensor | None = None,  # [B] or [B, F], zeros by default
-        viewmats: Tensor | None = None,  # [B, F, 4, 4] world-to-camera
-        Ks: Tensor | None = None,  # [B, F, 3, 3] normalised
-        cache: KVCache | None = None,  # causal streaming: latents are the next chunk
-        start_frame: int = 0,  # absolute index of the chunk's first frame
-        keys_only: bool = False,  # streaming: see `predict`
-    ) -> Tensor:
-        """The flow `v = ε − x0` of the noisy latents: teacher forcing, streaming, or else bidirectional.
-
-        In streaming the chunk's keys and values are stored when gradients are off (see KVCache).
-        """
-        return self._run(
-            latents,
-            timestep,
-            encoder_hidden_states,
-            encoder_hidden_states_image=encoder_hidden_states_image,
-            condition_latents=condition_latents,
-            clean_latents=clean_latents,
-            clean_timestep=clean_timestep,
-            viewmats=viewmats,
-            Ks=Ks,
-            cache=cache,
-            start_frame=start_frame,
-            keys_only=keys_only,
-        )
-
     def _flow(
         self,
         latents: Tensor,
@@ -148,8 +113,8 @@ class WanBackbone(DiffusersBackbone):
         encoder_hidden_states: Tensor,
         *,
         rope: Rope,
-        encoder_hidden_states_image: Tensor | None = None,
-        condition_latents: Tensor | None = None,
+        encoder_hidden_states_image: Tensor | None = None,  # [B, T_image, C_image]
+        condition_latents: Tensor | None = None,  # [B, F, C_condition, h, w], joined to the latents' channels (I2V)
         clean_latents: Tensor | None = None,
         clean_timestep: Tensor | None = None,
         viewmats: Tensor | None = None,
