@@ -163,10 +163,12 @@ def test_play_takes_the_same_arguments_of_the_model(model, monkeypatch):
     served: dict = {}
     monkeypatch.setattr("dit_ops.play.server.serve", lambda pipeline, *_, **given: served.update(given, pipeline=pipeline))
     words = ["--mode", "autoregressive", "--condition", str(model / "condition"), "--compact-cache", "--device", "cpu"]
-    assert main(["play", "--model", str(model), *words, "--sink-frames", "1"]) == 0
+    assert main(["play", "--model", str(model), *words, "--sink-frames", "1", "--block-frames", "3", "--overlap"]) == 0
     assert type(served["pipeline"]).__name__ == "AutoregressivePipeline"
     given = {name: value for name, value in served["options"].items() if value is not None}
-    assert given == {"window_frames": SETTINGS.frames, "sink_frames": 1, "compact_cache": True}
+    assert given == {"window_frames": SETTINGS.frames, "sink_frames": 1, "block_frames": 3, "compact_cache": True}
+    assert served["overlap"] is True
+    assert parser().parse_args(["play", "--model", "m"]).overlap is False
     shared = {"mode", "condition", "device", "dtype", "compact_cache", "offload", "float8", "vae_tiling"}
     for command in (["play", "--model", "m"], ["generate", "--model", "m", "--prompt", "p"]):
         assert shared <= vars(parser().parse_args(command)).keys()

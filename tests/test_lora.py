@@ -90,6 +90,15 @@ def test_saved_adapters_are_loaded(setup, tmp_path):
         torch.testing.assert_close(other(**given), backbone(**given), atol=1e-5, rtol=0)
 
 
+def test_an_offloaded_backbone_is_refused(setup, tmp_path):
+    """PEFT merges into weights that a copy on the device would not follow."""
+    backbone, _ = setup
+    backbone.offloaded = True
+    for call in (lambda: add_lora(backbone, 2), lambda: load_lora(backbone, tmp_path), lambda: merge_lora(backbone)):
+        with pytest.raises(ValueError, match="before offload_blocks, got an offloaded backbone"):
+            call()
+
+
 def test_mistakes_are_named(setup, tmp_path):
     backbone, _ = setup
     for call, message in (
