@@ -35,7 +35,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", help="what is to be seen")
     what.add_argument("--prompts", type=Path, help='JSONL file of {"prompt": …, "pose": …, "seed": …, "image": …, "video": …}')
     p.add_argument(
-        "--pose", help="pose string such as w*4,l*8 (one pose per latent frame, plus the first), or a pose JSON file"
+        "--pose",
+        help="pose string such as w*4,l*8 (a step per latent frame after the first), pose JSON file, or .txt file of strings",
     )
     p.add_argument("--image", help="picture of the first frame")
     p.add_argument("--video", help="mp4 file whose end is continued; the pose is that of all frames, the known ones included")
@@ -116,14 +117,14 @@ def device_of(name: str) -> "torch.device":
 
 def generate(a: argparse.Namespace, say: Callable[[str], None]) -> Iterator[Path]:
     """Yields the path of every video that this process has written."""
-    from dit_ops.pipelines import files
+    from dit_ops.pipelines import files, inputs
     from dit_ops.preview import Preview
 
     given = {name: getattr(a, name) for name in ITEM}
     if a.prompts:
         items = files.read_items(a.prompts, **given)
     else:
-        items = [files.Item(a.prompt, **given)]
+        items = [files.Item(a.prompt, **{**given, "pose": inputs.deal_poses(a.pose, 1)[0]})]
         items[0].check()
     options = {name: getattr(a, name) for name in SAMPLER}
     # what changes the result; None where it does not, so that finished files stay so when an argument is added

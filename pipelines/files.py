@@ -14,22 +14,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import av
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from dit_ops.camera import parse_segments, trajectory_frames, trajectory_from_json
+from dit_ops.camera import parse_segments, trajectory_frames
 from dit_ops.files import atomic_path
 from dit_ops.pipelines.base import Pipeline
-from dit_ops.pipelines.cameras import Cameras
+from dit_ops.pipelines.inputs import READABLE, deal_poses, names_pose_file, read_image, read_pose, read_video
 from dit_ops.pipelines.request import validate
 from dit_ops.pipelines.settings import Settings
 from dit_ops.pipelines.stages import write_videos
-from dit_ops.video import iterate_mp4
 
 OTHER_VIDEOS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mpg", ".webm")
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow says to pictures that it cannot read
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Item:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} must be a string, got {value!r}")
-        if isinstance(self.pose, str) and not _names_file(self.pose):
+        if isinstance(self.pose, str) and not names_pose_file(self.pose):
             parse_segments(self.pose)
         for name, path in self.files().items():
             if not Path(path).is_file():
@@ -63,16 +59,15 @@ class Item:
     def files(self) -> dict[str, str]:
         """Paths of the files that the item names."""
         given = {"pose": self.pose, "image": self.image, "video": self.video}
-        return {name: path for name, path in given.items() if path is not None and (name != "pose" or _names_file(path))}
-
-
-def _names_file(pose: str) -> bool:
-    return pose.lower().endswith(".json")
+        return {name: path for name, path in given.items() if path is not None and (name != "pose" or names_pose_file(path))}
 
 
 def read_items(path: str | Path, **given: Any) -> list[Item]:
-    """A JSONL file of {"prompt": …, "pose": …, "seed": …, "image": …, "video": …}; `given` are their defaults."""
-    items = []
+    """A JSONL file of {"prompt": …, "pose": …, "seed": …, "image": …, "video": …}; `given` are their defaults.
+
+    A pose that is given may be a trajectory file, see `deal_poses`.
+    """
+    entries, items = [], []
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -90,14 +85,16 @@ def read_items(path: str | Path, **given: Any) -> list[Item]:
         known = list(Item.__dataclass_fields__)
         if unknown := entry.keys() - set(known):
             raise ValueError(f"{at}: unknown keys {sorted(unknown)}; known: {', '.join(known)}")
-        item = Item(**{**given, **entry})
+        entries.append((at, entry))
+    if not entries:
+        raise ValueError(f"{path} holds no prompts")
+    for (at, entry), pose in zip(entries, deal_poses(given.get("pose"), len(entries)), strict=True):
+        item = Item(**{**given, "pose": pose, **entry})
         try:
             item.check()
         except (ValueError, OSError) as error:
             raise ValueError(f"{at}: {error}") from error
         items.append(item)
-    if not items:
-        raise ValueError(f"{path} holds no prompts")
     return items
 
 
@@ -200,72 +197,6 @@ def check_free(video: Path, wanted: dict[str, Any], *, overwrite: bool = False) 
     if overwrite or not video.exists() or file_stem(wanted) == video.stem:
         return
     raise ValueError(f"{video} is there already, and not from this request; --overwrite replaces it")
-
-
-def read_pose(pose: str | None) -> str | Cameras | None:
-    """A pose string as it is; the trajectory of a `.json` file."""
-    if pose is None or not _names_file(pose):
-        return pose
-    try:
-        return trajectory_from_json(pose)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"pose file {pose} is not one that can be read ({error})") from error
-
-
-def read_image(path: str | Path, height: int, width: int) -> Tensor:
-    """A picture scaled to cover height × width and cropped at the centre → [3, H, W] in [−1, 1]."""
-    try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file)
-            picture = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is not a picture that can be read ({error})") from error
-    levels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return levels.permute(2, 0, 1) / 127.5 - 1
-
-
-def read_video(path: str | Path, height: int, width: int, fps: float, stride: int) -> Tensor:
-    """The last frames of a video that fill whole latent frames of `stride` frames → [F, 3, height, width] in [−1, 1].
-
-    They are taken at `fps`, the nearest frame each, and scaled and cropped as read_image does.
-    """
-    frames = [_cover(frame, height, width) for frame in iterate_mp4(path)]
-    if not frames:
-        raise ValueError(f"{path} is a video without frames")
-    with av.open(str(path)) as file:
-        rate = float(file.streams.video[0].average_rate or fps)
-    count = int((len(frames) - 1) * fps / rate + 0.5) + 1
-    count -= (count - 1) % stride
-    back = [round(i * rate / fps) for i in range(count)]
-    return torch.stack([frames[max(0, len(frames) - 1 - i)] for i in reversed(back)])
-
-
-def _cover(frame: Tensor, height: int, width: int) -> Tensor:
-    """[3, h, w] scaled to cover height × width and cropped at the centre."""
-    scale = max(height / frame.shape[1], width / frame.shape[2])
-    size = max(height, round(frame.shape[1] * scale)), max(width, round(frame.shape[2] * scale))
-    if size != frame.shape[1:]:
-        frame = torch.nn.functional.interpolate(frame[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return frame[:, top : top + height, left : left + width].clone()
-
-
-def _check_picture(path: str) -> None:
-    """Its header: what it is, and how large."""
-    try:
-        with Image.open(path):
-            pass
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is not a picture that can be read ({error})") from error
-
-
-def _check_video(path: str) -> None:
-    """Its first frame."""
-    if next(iterate_mp4(path), None) is None:
-        raise ValueError(f"{path} is a video without frames")
-
-
-READABLE: dict[str, Callable[[str], Any]] = {"pose": read_pose, "image": _check_picture, "video": _check_video}
 
 
 def check_request(pipeline: Pipeline, item: Item, wanted: dict[str, Any], *, alone: bool = True) -> None:

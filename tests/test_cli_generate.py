@@ -181,6 +181,7 @@ def test_play_takes_the_same_arguments_of_the_model(model, monkeypatch):
         (["--sequence-parallel", "0"], "must divide the number of processes, 1, got 0"),
         (["--preview"], "preview needs a terminal to draw in, but standard error is none"),
         (["--seed", "3", "--video", "gone.mp4"], "no such file: gone.mp4"),
+        (["--pose", "gone.txt"], "no such file: gone.txt"),
         (["--device", "gpu"], "--device must be cpu, cuda or cuda:N, got 'gpu'"),
         (["--device", "cuda:99"], "--device must be one that torch can use, "),
         (["--steps", "7", "--solver", "unipc"], "--steps, --solver: not used by FewStepPipeline"),
