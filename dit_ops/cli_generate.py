@@ -97,10 +97,7 @@ def load_pipeline(a: argparse.Namespace, device: "torch.device | str | None" = N
     device = device or (device_of(a.device) if a.device else None)
     dtype = getattr(torch, a.dtype) if a.dtype else None
     low = {name: True for name in ("offload", "float8", "vae_tiling") if getattr(a, name)}
-    pipeline = loading.load(a.model, device, dtype, mode=a.mode, condition=a.condition, **low)
-    if pipeline.backbone.device.type == "cuda":
-        torch.cuda.set_device(pipeline.backbone.device)  # Triton launches on the current device
-    return pipeline
+    return loading.load(a.model, device, dtype, mode=a.mode, condition=a.condition, **low)
 
 
 def device_of(name: str) -> "torch.device":
@@ -319,9 +316,6 @@ class Place:
         """Splits every video's tokens over the ranks of the group, the first of which decodes."""
         if self.parallel is None:
             return
-        if not hasattr(pipeline.backbone, "sequence_parallel"):
-            name = type(pipeline.backbone).__name__
-            raise ValueError(f"--sequence-parallel must be 1, {name} cannot split a video; got {self.parallel.size}")
         pipeline.backbone.sequence_parallel = self.parallel
         if not self.writes:
             pipeline.condition = Undecoded(pipeline.condition)

@@ -192,8 +192,7 @@ def _check_cameras(viewmats: Tensor, Ks: Tensor) -> None:
 
 def _latent_plane(backbone: Any, condition: Any, settings: Settings) -> tuple[int, int]:
     plane = []
-    patch = backbone.transformer.config.patch_size  # one number, or (t, h, w)
-    *_, ph, pw = (patch, patch) if isinstance(patch, int) else patch
+    ph, pw = backbone.patch
     for name, pixels, patch_size in (("height", settings.height, ph), ("width", settings.width, pw)):
         unit = condition.spatial_stride * patch_size
         if pixels % unit:

@@ -169,6 +169,7 @@ def test_play_takes_the_same_arguments_of_the_model(model, monkeypatch):
     assert given == {"window_frames": SETTINGS.frames, "sink_frames": 1, "block_frames": 3, "compact_cache": True}
     assert served["overlap"] is True
     assert parser().parse_args(["play", "--model", "m"]).overlap is False
+    assert tuple(loading.MODES) == cli_generate.MODES
     shared = {"mode", "condition", "device", "dtype", "compact_cache", "offload", "float8", "vae_tiling"}
     for command in (["play", "--model", "m"], ["generate", "--model", "m", "--prompt", "p"]):
         assert shared <= vars(parser().parse_args(command)).keys()

@@ -85,13 +85,14 @@ def test_files_that_cannot_be_read_are_found_with_their_line(tmp_path, name, fil
 
 def test_a_trajectory_file_has_a_line_for_every_prompt_or_one_for_all(tmp_path):
     prompts = write_lines(tmp_path / "a.jsonl", '{"prompt": "a"}', '{"prompt": "b", "pose": "s*1"}', '{"prompt": "c"}')
-    poses = write_lines(tmp_path / "POSES.TXT", "w*1", "", " l*2 ", "d*3")
+    poses = write_lines(tmp_path / "POSES.TXT", "w*1", "  ", " l*2 ", "d*3")
     assert [item.pose for item in read_items(prompts, pose=str(poses))] == ["w*1", "s*1", "d*3"]
     one = write_lines(tmp_path / "one.txt", "w*4")
     assert [item.pose for item in read_items(prompts, pose=str(one))] == ["w*4", "s*1", "w*4"]
     assert deal_poses(str(one), 1) == ["w*4"] and deal_poses("w*2", 2) == ["w*2", "w*2"] and deal_poses(None, 1) == [None]
-    with pytest.raises(ValueError, match=r"trajectory file .* must have one line, or one for each of 1 videos, got 3"):
-        deal_poses(str(poses), 1)
+    for count in (1, 4):
+        with pytest.raises(ValueError, match=f"must have one line, or one for each of {count} videos, got 3"):
+            deal_poses(str(poses), count)
     with pytest.raises(FileNotFoundError, match=r"no such file: gone\.txt"):
         deal_poses("gone.txt", 1)
     bad = write_lines(tmp_path / "bad.txt", "w*1", "x*2", "d*3")
